@@ -1,0 +1,34 @@
+# Every target sets up what it needs in .venv.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test check evidence bench clean
+
+demo: $(READY)          ## the main job on the bundled model: fit, attack, steer, compare
+	$(BIN)/steerwell demo
+
+test: check             ## lint, types and every test
+	$(BIN)/pytest
+
+check: $(READY)         ## lint and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+evidence: $(READY)      ## the multi-seed claims; writes docs/evidence.md
+	$(BIN)/python -m benchmarks.evidence
+
+bench: $(READY)         ## speed beside unsteered runs and peers; writes benchmarks/RESULTS.md
+	$(BIN)/python -m benchmarks.speed
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[hf,gguf,dev]'
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

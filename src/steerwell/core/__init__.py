@@ -1,0 +1,1 @@
+"""Records, errors, registry and artifacts: what every room shares. No torch here."""

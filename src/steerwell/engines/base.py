@@ -1,0 +1,109 @@
+"""What every engine offers, and the checks that every engine makes before it runs anything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
+
+from steerwell.core.errors import ArgumentError, ModelMismatchError, UnknownNameError
+from steerwell.core.records import Edit, ModelInfo, Prompt, Response, Sampling, Score, Vectors
+
+T = TypeVar("T")
+Edits = Edit | None | Sequence[Edit | None]
+Samplings = Sampling | Sequence[Sampling]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A piece of a streamed answer; the last one carries the whole `response`. Texts join to `response.text`."""
+
+    text: str
+    response: Response | None = None
+
+
+class Engine(Protocol):
+    """A model that can be steered row by row.
+
+    For every row the result is the one that the row would get alone: batched = alone, mixed = separate, no edit =
+    unsteered. An engine that cannot apply an edit raises; it never answers unsteered.
+    """
+
+    @property
+    def info(self) -> ModelInfo:
+        """What the loaded model is."""
+        ...
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Samplings = ..., edits: Edits = ...) -> list[Response]:
+        """Answer every prompt, each row under its own edit or none, in the order given."""
+        ...
+
+    def stream(self, prompt: Prompt, sampling: Sampling = ..., edit: Edit | None = ...) -> Iterator[Chunk]:
+        """Answer one prompt piece by piece."""
+        ...
+
+    def capture(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[int]], edits: Edits = ...) -> Vectors:
+        """Mean state over each response's tokens after every block, [n, n_layers, d_model]."""
+        ...
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[int]], edits: Edits = ...) -> list[Score]:
+        """Log-probabilities of given responses, with or without edits."""
+        ...
+
+
+def per_row(name: str, value: T | Sequence[T], rows: int) -> list[T]:
+    """One value for every row, or one per row.
+
+    Raises:
+        ArgumentError: a sequence of another length.
+    """
+    if not isinstance(value, (list, tuple)):
+        return [value] * rows  # type: ignore[list-item]
+    if len(value) != rows:
+        raise ArgumentError(f"{name}: got {len(value)} for {rows} rows; give one for all, or one per row")
+    return list(value)
+
+
+def row_samplings(sampling: Samplings, rows: int) -> list[Sampling]:
+    """The sampling of every row; one `Sampling` for all gives row i the seed `seed + i`."""
+    if isinstance(sampling, Sampling):
+        return [replace(sampling, seed=sampling.seed + index) for index in range(rows)]
+    return per_row("sampling", sampling, rows)
+
+
+def row_edits(edits: Edits, rows: int, info: ModelInfo) -> list[Edit | None]:
+    """The edit of every row, each checked against the model.
+
+    Raises:
+        ArgumentError: another number of edits than rows, or something that is no edit.
+        ModelMismatchError: an edit of another model or width.
+        UnknownNameError: a layer that the model does not have.
+    """
+    listed = per_row("edits", edits, rows)
+    for edit in {id(item): item for item in listed if item is not None}.values():
+        if not isinstance(edit, Edit):
+            raise ArgumentError(f"edits: got {type(edit).__name__}; expected Edit or None (see steering.interventions)")
+        if edit.model is not None:
+            edit.model.require_same(info, "the edit")
+        for term in edit.terms:
+            if not 0 <= term.layer < info.n_layers:
+                raise UnknownNameError("layer", term.layer, range(info.n_layers))
+            if term.direction.shape != (info.d_model,):
+                width = len(term.direction)
+                raise ModelMismatchError(f"the edit's direction has d_model {width}; {info.name!r} has {info.d_model}")
+    return listed
+
+
+def check_responses(responses: Sequence[Sequence[int]], rows: int) -> None:
+    """Raise `ArgumentError` unless there is one response per row and none is empty."""
+    if len(responses) != rows:
+        raise ArgumentError(f"responses: got {len(responses)} for {rows} prompts; give one per prompt")
+    empty = [index for index, tokens in enumerate(responses) if len(tokens) == 0]
+    if empty:
+        raise ArgumentError(f"responses: row(s) {empty[:5]} hold no token; leave such rows out")
+
+
+def length_sorted(lengths: Sequence[int], size: int) -> list[list[int]]:
+    """Row indices in batches of at most `size`, longest first, so that padding is small and memory peaks at once."""
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    return [order[start : start + size] for start in range(0, len(order), size)]

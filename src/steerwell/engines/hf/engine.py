@@ -1,0 +1,211 @@
+"""The engine that users hold: load, generate, stream, capture, score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from steerwell.core.records import Edit, ModelInfo, Prompt, Response, Sampling, Score, Vectors
+from steerwell.engines.base import (
+    Chunk,
+    Edits,
+    Samplings,
+    check_responses,
+    length_sorted,
+    row_edits,
+    row_samplings,
+)
+from steerwell.engines.hf.decode import Row, decode
+from steerwell.engines.hf.model import LoadedModel, load
+from steerwell.engines.hf.plan import Plan, Scope
+from steerwell.engines.hf.text import TextStream
+from steerwell.testbed.bundled import BUNDLED, bundled_path
+
+GREEDY = Sampling()
+
+
+class HFEngine:
+    """Any Hugging Face causal language model; see `steerwell.engines.base.Engine` for what every engine promises.
+
+    Args:
+        model: a loaded model.
+        batch_size: rows per forward pass; longer lists are cut into batches sorted by length.
+    """
+
+    def __init__(self, model: LoadedModel, batch_size: int = 32) -> None:
+        self._model, self.batch_size = model, batch_size
+
+    @classmethod
+    def load(
+        cls,
+        name: str = BUNDLED,
+        *,
+        dtype: str = "auto",
+        device_map: Any = None,
+        gguf_file: str | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        blocks: str | None = None,
+        chat_options: Mapping[str, Any] | None = None,
+        batch_size: int = 32,
+    ) -> Self:
+        """Load a model.
+
+        Args:
+            name: `pilot` (the bundled model), a hub id, a local folder, or a `.gguf` file.
+            dtype: `auto` (as saved), `float32`, `float16` or `bfloat16`.
+            device_map: as in transformers, `"auto"` or `"cuda"` for instance.
+            gguf_file: a GGUF file inside the hub repository or folder `name`.
+            revision: branch, tag or commit of a hub id.
+            trust_remote_code: run code that comes with the model.
+            blocks: dotted path of the list of decoder blocks, where it cannot be found by structure.
+            chat_options: variables for the chat template, such as `{"enable_thinking": False}`.
+            batch_size: rows per forward pass.
+
+        Raises:
+            EngineError: the model cannot be loaded, or its decoder blocks cannot be found.
+        """
+        place = str(bundled_path()) if name == BUNDLED else name
+        model = load(
+            place,
+            dtype=dtype,
+            device_map=device_map,
+            gguf_file=gguf_file,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            blocks=blocks,
+            chat_options=chat_options,
+        )
+        return cls(model, batch_size)
+
+    @property
+    def info(self) -> ModelInfo:
+        """What the loaded model is."""
+        return self._model.info
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Samplings = GREEDY,
+        edits: Edits = None,
+        *,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[Response]:
+        """Answer every prompt, each row under its own edit or none.
+
+        Args:
+            prompts: one per row.
+            sampling: one for all (row i draws with seed + i), or one per row.
+            edits: one for all, or one per row; None leaves a row unsteered.
+            progress: called with the number of rows finished since the last call.
+
+        Returns:
+            Responses in the order of the prompts; every steered one carries a receipt.
+        """
+        rows = self._rows(prompts, sampling, edits)
+        for batch in length_sorted([len(row.prompt_ids) for row in rows], self.batch_size):
+            for _ in decode(self._model, [rows[index] for index in batch]):
+                pass
+            if progress is not None:
+                progress(len(batch))
+        return [_response(row) for row in rows]
+
+    def stream(self, prompt: Prompt, sampling: Sampling = GREEDY, edit: Edit | None = None) -> Iterator[Chunk]:
+        """Answer one prompt piece by piece; the last chunk carries the response. Arguments are checked at once."""
+        return self._chunks(self._rows([prompt], sampling, edit)[0])
+
+    def _chunks(self, row: Row) -> Iterator[Chunk]:
+        for _ in decode(self._model, [row]):
+            piece = row.text.fresh(row.tokens, done=row.finish is not None)
+            if piece:
+                yield Chunk(piece)
+        yield Chunk("", _response(row))
+
+    def capture(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[int]], edits: Edits = None) -> Vectors:
+        """Mean state over each response's tokens after every block, float32 [n, n_layers, d_model], in one pass.
+
+        Args:
+            prompts: one per row.
+            responses: token ids of each row's answer (`Response.token_ids`), none empty.
+            edits: as in `generate`; states are read after the edits of their layer.
+        """
+        states = np.zeros((len(prompts), self.info.n_layers, self.info.d_model), np.float32)
+        for batch, ids, scope, spans, plan in self._forced(prompts, responses, edits, tail=0):
+            weights = torch.zeros(ids.shape, device=ids.device)
+            for row, (start, end) in enumerate(spans):
+                weights[row, start:end] = 1 / (end - start)
+            with torch.inference_mode():
+                states[batch] = self._model.pooled(ids, weights, plan, scope)
+            plan.receipts()
+        return states
+
+    def score(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[int]], edits: Edits = None) -> list[Score]:
+        """Log-probabilities (nats) and top-two margins (logits) of every given response token.
+
+        Args:
+            prompts: one per row.
+            responses: token ids of each row's answer, none empty.
+            edits: as in `generate`.
+        """
+        scores: list[Score | None] = [None] * len(prompts)
+        for batch, ids, scope, spans, plan in self._forced(prompts, responses, edits, tail=1):
+            keep = ids.shape[1] - min(start for start, _ in spans) + 1
+            with torch.inference_mode():
+                logits = self._model.read(ids, plan, scope, keep)
+                read = [_read(logits[row], ids[row], start, end) for row, (start, end) in enumerate(spans)]
+            for index, (logprobs, margins), receipt in zip(batch, read, plan.receipts(), strict=True):
+                scores[index] = Score(logprobs, margins, receipt)
+        return [score for score in scores if score is not None]
+
+    def _rows(self, prompts: Sequence[Prompt], sampling: Samplings, edits: Edits) -> list[Row]:
+        listed = list(prompts)
+        drawn, steered = row_samplings(sampling, len(listed)), row_edits(edits, len(listed), self.info)
+        rows = []
+        for prompt, how, edit in zip(listed, drawn, steered, strict=True):
+            ids = self._model.codec.encode(prompt)
+            limit = self._model.room(ids, how.max_new_tokens)
+            rows.append(Row(prompt, ids, how, edit, TextStream(self._model.codec, how.stop), limit))
+        return rows
+
+    def _forced(
+        self, prompts: Sequence[Prompt], responses: Sequence[Sequence[int]], edits: Edits, *, tail: int
+    ) -> Iterator[tuple[list[int], Tensor, Scope, list[tuple[int, int]], Plan]]:
+        """Right-padded batches of prompt + response: row indices, ids [B, T], scope, response spans, plan.
+
+        `tail` last tokens are in nobody's scope: scoring leaves out the one that generating never feeds back.
+        """
+        check_responses(responses, len(prompts))
+        steered = row_edits(edits, len(prompts), self.info)
+        starts = [self._model.codec.encode(prompt) for prompt in prompts]
+        for start, tokens in zip(starts, responses, strict=True):
+            self._model.room([*start, *tokens[:-1]], 1)
+        for batch in length_sorted([len(a) + len(b) for a, b in zip(starts, responses, strict=True)], self.batch_size):
+            whole = [[*starts[index], *responses[index]] for index in batch]
+            spans = [(len(starts[index]), len(row)) for index, row in zip(batch, whole, strict=True)]
+            ids = torch.full((len(batch), max(map(len, whole))), self._model.pad_id)
+            for row, tokens in enumerate(whole):
+                ids[row, : len(tokens)] = torch.tensor(tokens)
+            places = torch.arange(ids.shape[1])
+            first, end = (torch.tensor(column)[:, None] for column in zip(*spans, strict=True))
+            real, device = places < end - tail, self._model.device
+            scope = Scope(real.to(device), (real & (places >= first - 1)).to(device))
+            yield batch, ids.to(device), scope, spans, Plan([steered[i] for i in batch], self.info.d_model, device)
+
+
+def _response(row: Row) -> Response:
+    assert row.finish is not None  # noqa: S101 - decode() ends when every row has finished
+    text = row.text.final(row.tokens)
+    return Response(row.prompt, text, tuple(row.tokens), row.finish, row.sampling, row.receipt)
+
+
+def _read(logits: Tensor, ids: Tensor, start: int, end: int) -> tuple[Vectors, Vectors]:
+    """Log-probabilities and margins of tokens start..end-1 from the last `len(logits)` positions' logits."""
+    shift = len(ids) - len(logits) + 1
+    rows = logits[start - shift : end - shift].float()
+    logprobs = torch.log_softmax(rows, -1).gather(-1, ids[start:end, None])[:, 0]
+    top = rows.topk(2, -1).values
+    return logprobs.cpu().numpy(), (top[:, 0] - top[:, 1]).cpu().numpy()

@@ -1,0 +1,93 @@
+"""Prompts to tokens and tokens to text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+
+from steerwell.core.errors import ArgumentError
+from steerwell.core.records import Message, Prompt
+
+
+class TextCodec:
+    """A tokenizer with this library's rules.
+
+    A conversation goes through the model's chat template; a template without system turn gets the system text in front
+    of the first user turn. A model without template (a base model) gets the turns' texts one per line.
+    """
+
+    def __init__(self, tokenizer: Any, options: Mapping[str, Any]) -> None:
+        self._tokenizer, self._options = tokenizer, dict(options)
+
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt, up to where the answer begins."""
+        if prompt.text is not None:
+            ids = self._tokenizer(prompt.text)["input_ids"]
+        elif self._tokenizer.chat_template:
+            ids = self._tokenizer(self._render(prompt.messages), add_special_tokens=False)["input_ids"]
+        else:
+            ids = self._tokenizer("\n".join(turn.content for turn in prompt.messages))["input_ids"]
+        if prompt.prefill:
+            ids = ids + self._tokenizer(prompt.prefill, add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise ArgumentError("prompt: it holds no token, and this tokenizer adds no begin token; write some text")
+        return list(ids)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of generated tokens, special tokens left out."""
+        text: str = self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
+    def _render(self, messages: Sequence[Message]) -> str:
+        try:
+            return self._apply(messages)
+        except TemplateError as error:
+            if messages[0].role != "system" or len(messages) < 2:
+                raise ArgumentError(f"prompt: the model's chat template refuses these turns: {error}") from error
+            first = Message(messages[1].role, f"{messages[0].content}\n\n{messages[1].content}")
+            return self._apply([first, *messages[2:]])
+
+    def _apply(self, messages: Sequence[Message]) -> str:
+        turns = [{"role": turn.role, "content": turn.content} for turn in messages]
+        rendered: str = self._tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=True, **self._options
+        )
+        return rendered
+
+
+class TextStream:
+    """Text of a growing answer: what can be shown already, up to the first stop string."""
+
+    def __init__(self, codec: TextCodec, stop: tuple[str, ...]) -> None:
+        self._codec, self._stop = codec, stop
+        self._shown = 0
+
+    def stopped(self, tokens: Sequence[int]) -> bool:
+        """Whether a stop string stands in the newest text (a window that any stop string fits into)."""
+        if not self._stop:
+            return False
+        tail = self._codec.decode(tokens[-(max(map(len, self._stop)) + 16) :])
+        return any(stop in tail for stop in self._stop)
+
+    def final(self, tokens: Sequence[int]) -> str:
+        """The whole text, cut before the first stop string."""
+        text = self._codec.decode(tokens)
+        ends = [text.find(stop) for stop in self._stop]
+        return text[: min((end for end in ends if end >= 0), default=len(text))]
+
+    def fresh(self, tokens: Sequence[int], *, done: bool) -> str:
+        """Text not yet shown; an unfinished character or a possible beginning of a stop string is held back."""
+        text = self.final(tokens)
+        if not done:
+            text = text.rstrip("\N{REPLACEMENT CHARACTER}")
+            longest = max((_overlap(text, stop) for stop in self._stop), default=0)
+            text = text[: len(text) - longest]
+        piece, self._shown = text[self._shown :], max(self._shown, len(text))
+        return piece
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    return next((size for size in range(min(len(stop), len(text)), 0, -1) if text.endswith(stop[:size])), 0)

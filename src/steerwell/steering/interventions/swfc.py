@@ -1,0 +1,14 @@
+"""Steering with fixed coefficient (SwFC; also CAA, ActAdd): every token moves by strength class separations."""
+
+from __future__ import annotations
+
+import math
+
+from steerwell.core.records import Calibration
+
+STRENGTH = "class separations added to every token (1 moves one class mean onto the other)"
+
+
+def coefficients(calibration: Calibration, strength: float) -> tuple[float, float, float]:
+    """(gate, offset, gain): `h + alpha dmu v`, A section 3.3."""
+    return math.inf, strength * calibration.separation, 0.0
