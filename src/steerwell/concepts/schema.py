@@ -113,6 +113,13 @@ class Concept(Record):
             prompts.append((Prompt.chat(scenario.prompt, aligned), Prompt.chat(scenario.prompt, violating)))
         return prompts
 
+    def attacks(self, split: Literal["validation", "test"]) -> tuple[str, ...]:
+        """The malicious system prompts of one split: every second one each, so that selection never sees the test's.
+
+        A concept with a single one has it in both splits.
+        """
+        return self.malicious[0::2] if split == "validation" or len(self.malicious) == 1 else self.malicious[1::2]
+
     @property
     def hash(self) -> str:
         """SHA-256 (hex) of the concept's whole content: two concepts with one hash are the same concept."""

@@ -1,7 +1,7 @@
 """Artifacts on disk: a folder with one JSON file and one safetensors file. Never pickle.
 
-The JSON file is the commit point: it names the tensor file by content and holds its checksum, and it is put in place
-by one atomic rename. A reader sees the old artifact or the new one, never a mixture.
+The JSON file is the commit point: it names the tensor file by content, holds its checksum and its own, and is put in
+place by one atomic rename. A reader sees the old artifact or the new one, never a mixture.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
@@ -28,6 +28,7 @@ from steerwell.core.records import Calibration, Direction, ModelInfo
 
 SCHEMA_VERSION = 1
 MANIFEST = "artifact.json"
+TENSORS = "tensors-*.safetensors"
 LIBRARIES = ("steerwell", "numpy", "torch", "transformers", "scikit-learn", "safetensors")
 
 
@@ -36,25 +37,31 @@ def save_artifact(path: str | Path, kind: str, arrays: Mapping[str, np.ndarray],
 
     Raises:
         ArtifactError: the place holds something else, or cannot be written; what stood there is untouched.
+        ArgumentError: the content holds what JSON cannot (NaN, an object).
     """
     folder = Path(path)
-    if folder.exists() and not (folder / MANIFEST).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ArtifactError(f"{folder} exists and is no Steerwell artifact; choose another place or remove it")
+    _require_ours(folder, kind)
     tensors = save_tensors({name: np.ascontiguousarray(array) for name, array in arrays.items()})
     checksum = hashlib.sha256(tensors).hexdigest()
-    manifest = {
+    file = f"tensors-{checksum[:16]}.safetensors"
+    manifest: dict[str, Any] = {
         "schema": SCHEMA_VERSION,
         "kind": kind,
-        "tensors": {"file": f"tensors-{checksum[:16]}.safetensors", "sha256": checksum},
+        "tensors": {"file": file, "sha256": checksum},
         "content": content,
     }
-    text = json.dumps(manifest, indent=2, ensure_ascii=False, allow_nan=False, default=_plain)
+    try:
+        manifest = json.loads(json.dumps(manifest, allow_nan=False, default=_plain))  # as a reader will see it
+        manifest["sha256"] = _checksum(manifest)
+        text = json.dumps(manifest, indent=2, ensure_ascii=False).encode()
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"content: {error}; an artifact keeps JSON values only") from error
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder / manifest["tensors"]["file"], tensors)  # type: ignore[index]
-        _replace(folder / MANIFEST, text.encode())
-        for stale in folder.glob("tensors-*.safetensors"):
-            if stale.name != manifest["tensors"]["file"]:  # type: ignore[index]
+        _replace(folder / file, tensors)
+        _replace(folder / MANIFEST, text)
+        for stale in folder.glob(TENSORS):
+            if stale.name != file:
                 stale.unlink()
     except OSError as error:
         raise ArtifactError(f"cannot write {folder}: {error.strerror or error}") from error
@@ -80,6 +87,7 @@ def load_artifact(path: str | Path, kind: str) -> tuple[dict[str, np.ndarray], d
             f"kind {manifest.get('kind')!r}, expected {kind!r}",
             f"give the folder of a {kind}",
         )
+        _require(_checksum(manifest) == manifest.get("sha256"), folder, f"{MANIFEST} is altered")
         entry = manifest.get("tensors")
         name = entry.get("file") if isinstance(entry, dict) else None
         if not isinstance(name, str) or Path(name).name != name:
@@ -92,7 +100,7 @@ def load_artifact(path: str | Path, kind: str) -> tuple[dict[str, np.ndarray], d
         raise ArtifactError(f"{folder} is no {kind}: {missing} is missing; make one with 'steerwell fit -o'") from error
     except OSError as error:
         raise ArtifactError(f"{folder} cannot be read: {error.strerror or error}") from error
-    except (ValueError, SafetensorError, RecursionError) as error:
+    except (ValueError, KeyError, SafetensorError, RecursionError) as error:  # KeyError: a dtype that NumPy has not
         raise ArtifactError(f"{folder} is damaged: {error}; fit it anew") from error
     for name, array in arrays.items():
         _require(bool(np.isfinite(array).all()), folder, f"tensor {name!r} holds NaN or infinity")
@@ -122,20 +130,19 @@ def load_direction(path: str | Path) -> Direction:
     """
     arrays, content = load_artifact(path, "direction")
     try:
-        layers = content["calibration"]
+        layers, provenance = content["calibration"], _strictly(_PROVENANCE, content["provenance"])
         return Direction(
             concept=_text(content["concept"]),
             concept_hash=_text(content["concept_hash"]),
             method=_text(content["method"]),
-            model=_MODEL.validate_python(content["model"]),
+            model=_strictly(_MODEL, content["model"]),
             vectors=_float32(arrays["vectors"]),
             mean_difference=_float32(arrays["mean_difference"]),
-            calibration=tuple(_CALIBRATION.validate_python(_none_as_nan(layer)) for layer in layers),
-            provenance=_PROVENANCE.validate_python(content["provenance"]),
+            calibration=tuple(_strictly(_CALIBRATION, _none_as_nan(layer)) for layer in layers),
+            provenance=provenance,
         )
     except (KeyError, TypeError, ValidationError, ArgumentError) as error:
-        detail = f"field {error} is missing" if isinstance(error, KeyError) else str(error)
-        raise ArtifactError(f"direction {path} is not usable: {detail}; fit it anew") from error
+        raise ArtifactError(f"direction {path} is not usable: {_detail(error)}; fit it anew") from error
 
 
 def library_versions() -> dict[str, str]:
@@ -159,6 +166,37 @@ def write_atomic(path: str | Path, text: str) -> None:
 _MODEL = TypeAdapter(ModelInfo)
 _CALIBRATION = TypeAdapter(Calibration)
 _PROVENANCE = TypeAdapter(dict[str, Any])
+T = TypeVar("T")
+
+
+def _strictly(adapter: TypeAdapter[T], value: object) -> T:
+    """Validate as JSON, where strict means: no text for a number, yet a list for a tuple and a mapping for a record."""
+    return adapter.validate_json(json.dumps(value), strict=True)
+
+
+def _checksum(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 (hex) of everything in the manifest except this checksum itself."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def _require_ours(folder: Path, kind: str) -> None:
+    """Raise unless the place is free, or holds an artifact of this kind, or what a crashed first save left."""
+    if not folder.exists():
+        return
+    try:
+        if (folder / MANIFEST).is_file():
+            manifest = json.loads((folder / MANIFEST).read_bytes())
+            ours = isinstance(manifest, dict) and "schema" in manifest and manifest.get("kind") == kind
+        else:
+            ours = folder.is_dir() and all(
+                item.match(TENSORS) or item.match(f".{TENSORS}.*") or item.match(f".{MANIFEST}.*")
+                for item in folder.iterdir()
+            )
+    except (OSError, ValueError, RecursionError):
+        ours = False
+    if not ours:
+        raise ArtifactError(f"{folder} exists and is no Steerwell {kind}; choose another place or remove it")
 
 
 def _replace(path: Path, data: bytes) -> None:
@@ -178,6 +216,16 @@ def _replace(path: Path, data: bytes) -> None:
 def _require(holds: bool, folder: Path, problem: str, fix: str = "fit it anew") -> None:
     if not holds:
         raise ArtifactError(f"{folder} is damaged or not what was asked for: {problem}; {fix}")
+
+
+def _detail(error: Exception) -> str:
+    if isinstance(error, KeyError):
+        return f"field {error} is missing"
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or error.title
+        return f"{where}: {first['msg'].removeprefix('Value error, ')}"
+    return str(error)
 
 
 def _float32(array: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -160,6 +160,12 @@ class Calibration:
     split_half: float
     n: int
 
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if not (math.isfinite(value) or (item.name == "split_half" and math.isnan(value))):
+                raise ArgumentError(f"{item.name}: got {value}; expected a finite number")
+
     @property
     def separation(self) -> float:
         """Distance between the class means, dmu; positive."""
@@ -251,6 +257,8 @@ class EditTerm:
             array = getattr(self, name)
             if array is None:
                 continue
+            if not isinstance(array, np.ndarray):
+                raise ArgumentError(f"{name}: got {type(array).__name__}; expected a NumPy array [d_model]")
             if array.ndim != 1 or not np.isfinite(array).all() or abs(float(np.linalg.norm(array)) - 1) > 1e-3:
                 raise ArgumentError(
                     f"{name}: got shape {array.shape}, norm {np.linalg.norm(array):.4g}; "
@@ -296,7 +304,8 @@ class Edit:
         """Content hash: equal edits have equal ids, whatever made them."""
         digest = hashlib.sha256()
         for term in self.terms:
-            digest.update(repr((term.layer, term.gate, term.offset, term.gain, term.position)).encode())
+            numbers = (float(term.gate), float(term.offset), float(term.gain))
+            digest.update(repr((int(term.layer), *numbers, term.position)).encode())
             digest.update(np.ascontiguousarray(term.direction, np.float32).tobytes())
             gate = term.direction if term.gate_direction is None else term.gate_direction
             digest.update(np.ascontiguousarray(gate, np.float32).tobytes())
@@ -392,6 +401,21 @@ class Score:
     logprobs: Vectors
     margins: Vectors
     receipt: Receipt | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A judge's scores of one answer, 0 to 100.
+
+    Attributes:
+        trait: 100 is fully the aligned pole, 0 fully the violating one.
+        coherence: fluent, on topic, not repetitive; independent of the trait.
+        reason: what the scores rest on, for people.
+    """
+
+    trait: float
+    coherence: float
+    reason: str = ""
 
 
 def _cosine(left: NDArray[Any], right: NDArray[Any]) -> float:

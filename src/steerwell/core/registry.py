@@ -49,3 +49,9 @@ class Registry:
 
 def _has_module(package: str, name: str) -> bool:
     return any(module.name == name for module in pkgutil.iter_modules(import_module(package).__path__))
+
+
+def require_name(registry: Registry, name: str) -> None:
+    """Raise `UnknownNameError` unless the registry has this name; nothing is imported."""
+    if name not in registry.names():
+        raise UnknownNameError(registry.kind, name, registry.names())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
@@ -34,7 +34,14 @@ class Engine(Protocol):
         """What the loaded model is."""
         ...
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Samplings = ..., edits: Edits = ...) -> list[Response]:
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Samplings = ...,
+        edits: Edits = ...,
+        *,
+        progress: Callable[[int], None] | None = ...,
+    ) -> list[Response]:
         """Answer every prompt, each row under its own edit or none, in the order given."""
         ...
 

@@ -1,0 +1,1 @@
+"""Apps: parse and call, no logic."""

@@ -1,0 +1,77 @@
+"""What the subcommands share: options, the model, progress, output."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from steerwell.core.errors import MissingDependencyError
+from steerwell.testbed.bundled import BUNDLED
+
+if TYPE_CHECKING:
+    from steerwell.engines.hf import HFEngine
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="'pilot' (bundled), a hub id, a local folder, or a .gguf file.")
+]
+Dtype = Annotated[str, typer.Option(help="auto (as saved), float32, float16 or bfloat16.")]
+DeviceMap = Annotated[str | None, typer.Option(help="As in transformers: auto, cuda, cpu ...")]
+GgufFile = Annotated[str | None, typer.Option(help="A GGUF file inside the hub repository or folder of --model.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Rows per forward pass.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
+DEFAULT_MODEL = BUNDLED
+
+
+def load_engine(
+    model: str, dtype: str, device_map: str | None, gguf_file: str | None, batch_size: int, trust: bool
+) -> HFEngine:
+    """The engine a command works with."""
+    try:
+        import transformers
+
+        from steerwell.engines.hf import HFEngine
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(error.name or "torch", "hf") from error
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    return HFEngine.load(
+        model,
+        dtype=dtype,
+        device_map=device_map,
+        gguf_file=gguf_file,
+        batch_size=batch_size,
+        trust_remote_code=trust,
+    )
+
+
+def print_json(value: Any) -> None:
+    """One JSON value on stdout; NaN and infinity, which JSON lacks, become null."""
+    typer.echo(json.dumps(_finite(value), indent=2, ensure_ascii=False))
+
+
+@contextmanager
+def progress(text: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar with remaining time on stderr, shown on a terminal only."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=err, transient=True, disable=not err.is_terminal) as bar:
+        task = bar.add_task(text, total=total)
+        yield lambda done: bar.advance(task, done)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return None
+    return value

@@ -1,0 +1,67 @@
+"""`steerwell fit`: learn a direction from a model's own contrastive answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from steerwell.apps.cli.common import (
+    DEFAULT_MODEL,
+    BatchSize,
+    DeviceMap,
+    Dtype,
+    GgufFile,
+    Json,
+    Model,
+    Trust,
+    err,
+    load_engine,
+    out,
+    print_json,
+    progress,
+)
+
+
+def fit(
+    concept: Annotated[str, typer.Option("--concept", "-c", help="A bundled concept, or your own .yaml file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the direction.")],
+    model: Model = DEFAULT_MODEL,
+    method: Annotated[str, typer.Option(help="logistic, mean_difference, pca or lda.")] = "logistic",
+    language: Annotated[str | None, typer.Option(help="The pack's language; default: the model's own.")] = None,
+    temperature: Annotated[float, typer.Option(help="Of the model's answers.")] = 0.6,
+    top_p: Annotated[float, typer.Option(help="Nucleus mass of the answers.")] = 0.9,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 1024,
+    seed: Annotated[int, typer.Option(help="Of the answers and of the split halves.")] = 42,
+    dtype: Dtype = "auto",
+    device_map: DeviceMap = None,
+    gguf_file: GgufFile = None,
+    batch_size: BatchSize = 32,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Learn a concept's direction at every layer of a model, with its calibration."""
+    from steerwell.apps.cli.inspect import show, summary
+    from steerwell.concepts import ENGLISH, load_concept
+    from steerwell.core.artifacts import save_direction
+    from steerwell.core.records import Sampling
+    from steerwell.core.registry import require_name
+    from steerwell.steering.directions import ESTIMATORS
+    from steerwell.studies.fitting import contrast
+
+    require_name(ESTIMATORS, method)
+    sampling = Sampling(temperature, top_p, max_new_tokens, seed=seed)
+    chosen = load_concept(concept, language or ENGLISH)  # before the model, so that a faulty file costs no time
+    engine = load_engine(model, dtype, device_map, gguf_file, batch_size, trust_remote_code)
+    if language is None and concept == chosen.concept and engine.info.language != ENGLISH:
+        chosen = load_concept(concept, engine.info.language)
+        err.print(f"{model} speaks the language of {chosen.language!r}, so its own pack of {chosen.concept!r} is used.")
+    with progress(f"answers of {model}", 2 * len(chosen.train)) as advance:
+        direction = contrast(engine, chosen, sampling, advance).direction(method, seed)
+    save_direction(direction, output)
+    if as_json:
+        print_json({"path": str(output)} | summary(direction))
+        return
+    show(direction)
+    out.print(f"saved: {output}", markup=False)

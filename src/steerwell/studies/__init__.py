@@ -1,0 +1,1 @@
+"""Studies: whole measurements, from a concept and a model to figures."""

@@ -1,0 +1,107 @@
+"""Learn a direction from a model's own contrastive answers (A, section 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+from steerwell.concepts import Concept
+from steerwell.core.artifacts import library_versions
+from steerwell.core.errors import EngineError
+from steerwell.core.records import Direction, ModelInfo, Response, Sampling, Vectors
+from steerwell.engines.base import Engine
+from steerwell.steering.directions import estimate
+
+PAPER_SAMPLING = Sampling(temperature=0.6, top_p=0.9, max_new_tokens=1024, seed=42)
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Contrast:
+    """A model's answers to a concept's training scenarios under both kinds of system prompt, and their mean states.
+
+    Attributes:
+        concept: what was asked.
+        model: who answered.
+        aligned: pooled states of the aligned answers, [n, n_layers, d_model]; row i of both is one scenario.
+        violating: pooled states of the violating answers, same shape.
+        responses: the answers, (aligned, violating) by scenario.
+        dropped: scenarios left out because one of their answers was empty.
+        sampling: how the answers were drawn.
+    """
+
+    concept: Concept
+    model: ModelInfo
+    aligned: Vectors
+    violating: Vectors
+    responses: tuple[tuple[Response, Response], ...]
+    dropped: int
+    sampling: Sampling
+
+    def direction(self, method: str = "logistic", seed: int = 42) -> Direction:
+        """Fit a direction on these states; errors are those of `steerwell.steering.directions.estimate`."""
+        provenance = {
+            "sampling": asdict(self.sampling),
+            "concept_language": self.concept.language,
+            "pairs_dropped": self.dropped,
+            "mean_answer_tokens": {
+                "aligned": sum(len(pair[0].token_ids) for pair in self.responses) / len(self.responses),
+                "violating": sum(len(pair[1].token_ids) for pair in self.responses) / len(self.responses),
+            },
+            "versions": library_versions(),
+        }
+        return estimate(
+            self.aligned,
+            self.violating,
+            self.model,
+            method=method,
+            concept=self.concept.concept,
+            concept_hash=self.concept.hash,
+            seed=seed,
+            provenance=provenance,
+        )
+
+
+def contrast(
+    engine: Engine, concept: Concept, sampling: Sampling = PAPER_SAMPLING, progress: Progress | None = None
+) -> Contrast:
+    """Have the model answer every training scenario under both system prompts, and read the mean states of its answers.
+
+    Args:
+        engine: the model.
+        concept: whose training scenarios to use.
+        sampling: the paper's by default: temperature 0.6, top-p 0.9, at most 1024 tokens, seed 42.
+        progress: called with the number of answers finished since the last call.
+
+    Raises:
+        EngineError: fewer than two scenarios got an answer under both prompts.
+    """
+    pairs = concept.contrastive("train")
+    prompts = [prompt for pair in pairs for prompt in pair]
+    answers = engine.generate(prompts, sampling, progress=progress)
+    answered = [
+        (answers[index], answers[index + 1])
+        for index in range(0, len(answers), 2)
+        if answers[index].token_ids and answers[index + 1].token_ids
+    ]
+    if len(answered) < 2:
+        raise EngineError(
+            f"{engine.info.name!r} left {len(pairs) - len(answered)} of {len(pairs)} scenarios of "
+            f"{concept.concept!r} without an answer; does its chat template fit?"
+        )
+    flat = [answer for pair in answered for answer in pair]
+    states = engine.capture([answer.prompt for answer in flat], [answer.token_ids for answer in flat])
+    return Contrast(
+        concept, engine.info, states[0::2], states[1::2], tuple(answered), len(pairs) - len(answered), sampling
+    )
+
+
+def fit(
+    engine: Engine,
+    concept: Concept,
+    method: str = "logistic",
+    sampling: Sampling = PAPER_SAMPLING,
+    progress: Progress | None = None,
+) -> Direction:
+    """Learn a concept's direction at every layer of a model: `contrast`, then `Contrast.direction`."""
+    return contrast(engine, concept, sampling, progress).direction(method)
