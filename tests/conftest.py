@@ -46,9 +46,17 @@ def tiny_engine(tiny_folder):
 
 
 @pytest.fixture(params=sorted(ARCHITECTURES))
-def any_engine(request: pytest.FixtureRequest, tiny_engine):
-    """An engine of every architecture in turn."""
+def any_hf_engine(request: pytest.FixtureRequest, tiny_engine):
+    """The Hugging Face engine on every architecture in turn."""
     return tiny_engine(request.param)
+
+
+@pytest.fixture(params=["fake", *sorted(ARCHITECTURES)])
+def any_engine(request: pytest.FixtureRequest, tiny_engine):
+    """Every engine in turn, the Hugging Face one on every architecture."""
+    from steerwell.engines.fake import FakeEngine
+
+    return FakeEngine() if request.param == "fake" else tiny_engine(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -127,12 +127,12 @@ def test_layers_below_the_edited_one_are_bit_identical(any_engine) -> None:
     assert np.abs(steered[:, 2] - plain[:, 2]).max() > 1e-3
 
 
-def test_captured_states_are_the_means_of_hidden_states(any_engine) -> None:
+def test_captured_states_are_the_means_of_hidden_states(any_hf_engine) -> None:
     import torch
 
     prompt, tokens = PROMPTS[0], [9, 8, 7, 6]
-    got = any_engine.capture([*PROMPTS[1:], prompt], [[1], [2], [3], [4], tokens])[-1]
-    model = any_engine._model
+    got = any_hf_engine.capture([*PROMPTS[1:], prompt], [[1], [2], [3], [4], tokens])[-1]
+    model = any_hf_engine._model
     ids = torch.tensor([[*model.codec.encode(prompt), *tokens]])
     with torch.inference_mode():
         states = model.network(input_ids=ids, output_hidden_states=True).hidden_states
