@@ -6,6 +6,7 @@ An operating point is chosen on validation scenarios and attacks, and reported o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -13,7 +14,6 @@ from typing import Literal
 import numpy as np
 
 from steerwell.concepts import Concept
-from steerwell.core.errors import ArgumentError
 from steerwell.core.records import Direction, Edit, Position, Prompt, Response, Sampling, Verdict
 from steerwell.engines.base import Engine
 from steerwell.scoring.judges.base import Judge
@@ -137,15 +137,12 @@ def choose(outcomes: Sequence[Outcome], baseline: Outcome, floor: float = COHERE
 
 
 def gap_closed(baseline: Outcome, attacked: Outcome, steered: Outcome) -> float:
-    """Share of the trait lost to the attack that steering restores; 1 is all of it, negative is worse than attacked.
+    """Share of the trait lost to the attack that steering restores.
 
-    Raises:
-        ArgumentError: the attack does not lower the trait, so there is no gap.
+    1 is all of it, negative is worse than attacked; NaN: the attack lowered nothing, so there is no gap to close.
     """
     gap = baseline.trait - attacked.trait
-    if gap <= 0:
-        raise ArgumentError(f"attacked: trait {attacked.trait:.1f} is not below the baseline's {baseline.trait:.1f}")
-    return (steered.trait - attacked.trait) / gap
+    return (steered.trait - attacked.trait) / gap if gap > 0 else math.nan
 
 
 def _seeded(sampling: Sampling, seed: int) -> Sampling:
