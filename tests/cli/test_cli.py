@@ -96,8 +96,7 @@ def test_generate_streams_and_shows_the_receipt(run, direction: Path, tiny_folde
     assert "this answer was not steered" in plain
     code, steered, _ = run(*words, "--direction", direction, "-l", 1, "--method", "swfc", "--strength", 5, "--receipt")
     assert code == 0
-    words_shown = " ".join(steered.replace("│", " ").split())
-    assert all(word in words_shown for word in ("receipt", "swfc", "happiness", "strength 5)"))
+    assert "swfc(happiness toward aligned, strength 5), layer 1, position all:" in steered
 
 
 def test_generate_file_with_policies(run, direction: Path, tiny_folder, tmp_path: Path) -> None:

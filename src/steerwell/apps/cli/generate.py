@@ -190,23 +190,17 @@ def _stream(engine: HFEngine, prompt: Prompt, sampling: Sampling, edit: Edit | N
 
 
 def _show_receipt(receipt: Receipt | None) -> None:
-    from rich.table import Table
-
     if receipt is None:
         out.print("receipt: none - this answer was not steered")
         return
-    table = Table("edit", "layer", "position", "tokens edited / seen", "mean projection", "mean |h' - h|")
-    for term in receipt.terms:
-        table.add_row(
-            term.label or "(hand-made)",
-            str(term.layer),
-            term.position,
-            f"{term.tokens_edited} / {term.tokens_seen}",
-            f"{term.projection_before:.3f} -> {term.projection_after:.3f}",
-            f"{term.perturbation:.3f}",
-        )
     out.print(f"receipt {receipt.edit_id}")
-    out.print(table)
+    for term in receipt.terms:
+        out.print(f"  {term.label or 'hand-made'}, layer {term.layer}, position {term.position}:", soft_wrap=True)
+        out.print(
+            f"    {term.tokens_edited} of {term.tokens_seen} tokens edited, mean projection "
+            f"{term.projection_before:.2f} -> {term.projection_after:.2f}, mean |h' - h| {term.perturbation:.2f}",
+            soft_wrap=True,
+        )
 
 
 def _row(response: Response) -> dict[str, Any]:
