@@ -14,7 +14,7 @@ from tests.models import ARCHITECTURES, save_tiny
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(1)  # tiny models: a second thread costs more than it gives
 
 
 @pytest.fixture(scope="session")

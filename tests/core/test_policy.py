@@ -52,6 +52,8 @@ def test_defaults_are_the_papers(tmp_path: Path) -> None:
         ("- a\n- b\n", "p.yaml"),
         ("", "p.yaml"),
         ("direction: [", "YAML"),
+        (GOOD.replace("12", "!!int ''"), "YAML"),
+        (GOOD + "method: swfc\n", "given twice"),
     ],
 )
 def test_mistakes_name_the_field(tmp_path: Path, text: str, said: str) -> None:

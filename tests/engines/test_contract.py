@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
+from steerwell.core.errors import ArgumentError
 from steerwell.core.records import Direction, Edit, EditTerm, Prompt, Sampling
 from steerwell.steering.directions import estimate
 from steerwell.steering.interventions import build
@@ -22,7 +23,10 @@ QUESTIONS = [
     "Hm",
     "Who are you",
 ]
-PROMPTS = [Prompt.chat(text, system) for text, system in zip(QUESTIONS, ["Lie.", None, "Be kind.", None, "x" * 40])]
+PROMPTS = [
+    Prompt.chat(text, system)
+    for text, system in zip(QUESTIONS, ["Lie.", None, "Be kind.", None, "x" * 40], strict=True)
+]
 SHORT = Sampling(max_new_tokens=12)
 
 
@@ -167,3 +171,9 @@ def test_hand_made_edit_needs_no_direction_artifact(engine) -> None:
     vector = np.eye(engine.info.d_model, dtype=np.float32)[3]
     response = engine.generate(PROMPTS[:1], SHORT, Edit((EditTerm(0, vector, np.inf, 2.0, 0.0),)))[0]
     assert response.receipt.terms[0].perturbation == pytest.approx(2.0)
+
+
+def test_token_ids_that_do_not_exist_are_an_error(any_engine) -> None:
+    for tokens in ([10**6], [-1]):
+        with pytest.raises(ArgumentError, match="row 1 holds token ids outside"):
+            any_engine.score(PROMPTS[:2], [[1], tokens])

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, get_args
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from steerwell.concepts.schema import SPLITS, Concept
 from steerwell.core.errors import ConceptError, UnknownNameError
+from steerwell.core.yamltext import parse_yaml
 
 PACKS = Path(__file__).parent / "packs"
 ENGLISH = "english"
@@ -21,16 +22,22 @@ Location = tuple[str | int, ...]
 # Below these counts a direction can still be fitted, but its figures say little.
 ENOUGH = {"train": 50, "validation": 8, "test": 32, "pairs": 5, "malicious": 5, "neutral_prompts": 8}
 
-FIXES = {
-    "missing": "add this field",
-    "extra_forbidden": "remove it, or correct its spelling; allowed: {allowed}",
-    "string_type": "write text (put it in quotes if it looks like a number, a date or yes/no)",
-    "string_pattern_mismatch": "use lower-case letters, digits and '_', beginning with a letter",
-    "too_short": "add more entries",
-    "literal_error": "write {expected}",
-    "model_type": "write a mapping of fields",
-    "tuple_type": "write a list ('- ...' lines)",
+# What the schema finds, by pydantic's name of it: (problem, fix) in plain words.
+WORDS = {
+    "missing": ("is missing", "add this field"),
+    "extra_forbidden": ("is no field here", "remove it, or correct its spelling; allowed: {allowed}"),
+    "string_type": ("is {got}, not text", "write text (in quotes if it looks like a number, a date or yes/no)"),
+    "string_pattern_mismatch": ("is no plain name", "use lower-case letters, digits and '_', beginning with a letter"),
+    "too_short": ("has too few entries ({count})", "write {min_length} or more"),
+    "literal_error": ("is not {expected}", "write {expected}"),
+    "model_type": ("is {got}, not a mapping of fields", "write 'field: value' lines"),
+    "tuple_type": ("is {got}, not a list", "write '- ...' lines"),
+    "invalid_key": ("is a field name, yet no text", "write the name of a field; allowed: {allowed}"),
+    "blank": ("is blank", "write some text, or remove the field where it may be left out"),
+    "half_pair": ("has one of 'aligned' and 'violating' without the other", "give both or leave both out"),
+    "equal_pair": ("says the same under 'aligned' and 'violating'", "write two different texts"),
 }
+KINDS = {str: "text", bool: "yes or no", int: "a number", float: "a number", list: "a list", dict: "a mapping"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +76,11 @@ def load_concept(name: str | Path, language: str = ENGLISH) -> Concept:
 
 
 def check_concept(path: str | Path) -> list[Fault]:
-    """Every fault of a concept file, in the order of its lines. Empty means: nothing to mend."""
+    """Every fault of a concept file, in the order of its lines. Empty means: nothing to mend.
+
+    Raises:
+        ConceptError: the file cannot be read, or is not UTF-8 text.
+    """
     return _examine(Path(path))[1]
 
 
@@ -93,69 +104,61 @@ def _read(path: Path) -> Concept:
 
 def _examine(path: Path) -> tuple[Concept | None, list[Fault]]:
     try:
-        node, data = _parse(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        node, data = parse_yaml(text)
     except OSError as error:
         raise ConceptError(f"concept file {path} cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise ConceptError(f"concept file {path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     except yaml.YAMLError as error:
-        return None, [_syntax_fault(error)]
-    except (ValueError, RecursionError) as error:  # a date or number YAML cannot construct; nesting without end
-        return None, [Fault("error", 1, "(file)", f"not usable YAML: {error}", "quote the value")]
+        return None, [_syntax_fault(error, text)]
+    except RecursionError:
+        return None, [Fault("error", 1, "(YAML)", "is nested too deeply", "see the bundled packs for the form")]
     if not isinstance(data, dict):
-        got = type(data).__name__
-        return None, [Fault("error", 1, "(file)", f"holds a {got}, not a concept", "write 'concept: NAME' and so on")]
+        return None, [Fault("error", 1, "(file)", f"is {_kind(data)}, not a concept", "write 'field: value' lines")]
     try:
         concept = Concept.model_validate(data)
     except ValidationError as error:
-        return None, sorted((_schema_fault(node, item) for item in error.errors()), key=lambda fault: fault.line)
+        return None, sorted(_schema_faults(node, error), key=lambda fault: fault.line)
     return concept, sorted(_content_faults(node, concept, path), key=lambda fault: fault.line)
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """Safe YAML that refuses a key given twice (plain YAML keeps the last one silently)."""
-
-
-def _mapping(loader: _UniqueKeys, node: yaml.MappingNode) -> dict[Hashable, Any]:
-    seen: set[Hashable] = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if not isinstance(key, Hashable):
-            raise yaml.MarkedYAMLError(problem="this key is not a word", problem_mark=key_node.start_mark)
-        if key in seen:
-            raise yaml.MarkedYAMLError(problem=f"the key {key!r} is given twice", problem_mark=key_node.start_mark)
-        seen.add(key)
-    return loader.construct_mapping(node, deep=True)
-
-
-_UniqueKeys.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
-
-
-def _parse(text: str) -> tuple[yaml.Node | None, Any]:
-    loader = _UniqueKeys(text)
-    try:
-        node = loader.get_single_node()
-        return node, loader.construct_document(node) if node is not None else None
-    finally:
-        loader.dispose()
-
-
-def _syntax_fault(error: yaml.YAMLError) -> Fault:
+def _syntax_fault(error: yaml.YAMLError, text: str) -> Fault:
+    if isinstance(error, yaml.reader.ReaderError):
+        line = text.count("\n", 0, error.position) + 1
+        return Fault("error", line, "(YAML)", f"holds the control character {error.character:#04x}", "delete it")
     mark = getattr(error, "problem_mark", None)
     problem = getattr(error, "problem", None) or str(error)
     fix = "check indentation, quotes and colons on this line (text with ': ' or '#' needs quotes)"
-    return Fault("error", mark.line + 1 if mark else 1, "(YAML)", problem, fix)
+    return Fault("error", mark.line + 1 if mark else 1, "(YAML)", problem, getattr(error, "note", None) or fix)
 
 
-def _schema_fault(node: yaml.Node | None, item: Any) -> Fault:
-    location: Location = item["loc"]
-    allowed = ", ".join(field.alias or name for name, field in Concept.model_fields.items())
-    expected = item.get("ctx", {}).get("expected", "the stated value")
-    fix = FIXES.get(item["type"], "correct the value").format(
-        allowed=allowed if len(location) == 1 else "see the docs", expected=expected
-    )
-    problem = item["msg"].removeprefix("Value error, ")
-    return Fault("error", _line(node, location), _dotted(location), problem[:1].lower() + problem[1:], fix)
+def _schema_faults(node: yaml.Node | None, error: ValidationError) -> Iterator[Fault]:
+    for item in error.errors(include_url=False):
+        location, facts = item["loc"], item.get("ctx", {})
+        count = len(item["input"]) if isinstance(item["input"], (list, dict)) else 0
+        if item["type"] == "too_short" and count >= facts["min_length"]:
+            continue  # enough entries, but some are wrong: those are told
+        problem, fix = WORDS.get(item["type"], ("{msg}", "correct the value"))
+        fields = _record_at(location[:-1]).model_fields.items()
+        allowed = ", ".join(field.alias or name for name, field in fields)
+        words = facts | {"msg": item["msg"], "allowed": allowed, "got": _kind(item["input"]), "count": count}
+        line, field = _line(node, location), _dotted(location)
+        yield Fault("error", line, field, problem.format(**words), fix.format(**words))
+
+
+def _kind(value: object) -> str:
+    return "empty" if value is None else KINDS.get(type(value), f"a {type(value).__name__}")
+
+
+def _record_at(location: Location) -> type[BaseModel]:
+    """The record that stands at a location of a concept."""
+    record: type[BaseModel] = Concept
+    for part in location:
+        form = record.model_fields[part].annotation if part in record.model_fields else None
+        inner = (kind for kind in (form, *get_args(form)) if isinstance(kind, type) and issubclass(kind, BaseModel))
+        record = next(inner, record)
+    return record
 
 
 def _dotted(location: Location) -> str:
@@ -167,7 +170,7 @@ def _line(node: yaml.Node | None, location: Location) -> int:
     line = node.start_mark.line + 1 if node else 1
     for part in location:
         if isinstance(node, yaml.MappingNode):
-            entry = next((pair for pair in node.value if pair[0].value == part), None)
+            entry = next((pair for pair in node.value if pair[0].value == str(part)), None)
             if entry is None:
                 break
             line, node = entry[0].start_mark.line + 1, entry[1]

@@ -7,6 +7,7 @@ import json
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from steerwell.core.records import Prompt
 
@@ -17,8 +18,13 @@ Split = Literal["train", "validation", "test"]
 
 def _not_blank(text: str) -> str:
     if not text.strip():
-        raise ValueError("must not be blank")
+        raise PydanticCustomError("blank", "is blank")
     return text.strip()
+
+
+def _require_difference(aligned: str, violating: str | None) -> None:
+    if aligned == violating:
+        raise PydanticCustomError("equal_pair", "'aligned' and 'violating' are the same text")
 
 
 Text = Annotated[str, AfterValidator(_not_blank)]
@@ -46,8 +52,7 @@ class Pair(Record):
 
     @model_validator(mode="after")
     def _differ(self) -> Self:
-        if self.aligned == self.violating:
-            raise ValueError("'aligned' and 'violating' are the same text")
+        _require_difference(self.aligned, self.violating)
         return self
 
 
@@ -64,9 +69,9 @@ class Scenario(Record):
     @model_validator(mode="after")
     def _both_or_none(self) -> Self:
         if (self.aligned is None) != (self.violating is None):
-            raise ValueError("'aligned' and 'violating' come together: give both or leave both out")
-        if self.aligned is not None and self.aligned == self.violating:
-            raise ValueError("'aligned' and 'violating' are the same text")
+            raise PydanticCustomError("half_pair", "has one of 'aligned' and 'violating' without the other")
+        if self.aligned is not None:
+            _require_difference(self.aligned, self.violating)
         return self
 
 

@@ -80,7 +80,7 @@ def load_artifact(path: str | Path, kind: str) -> tuple[dict[str, np.ndarray], d
         _require(isinstance(manifest, dict), folder, f"{MANIFEST} holds no mapping")
         got = manifest.get("schema")
         fix = "update steerwell" if isinstance(got, int) and got > SCHEMA_VERSION else "fit it anew"
-        _require(got == SCHEMA_VERSION, folder, f"schema {got!r}, expected {SCHEMA_VERSION}", fix)
+        _require(type(got) is int and got == SCHEMA_VERSION, folder, f"schema {got!r}, expected {SCHEMA_VERSION}", fix)
         _require(
             manifest.get("kind") == kind,
             folder,

@@ -22,7 +22,7 @@ class UnknownNameError(SteerwellError, LookupError):
 
     def __init__(self, kind: str, name: object, known: Iterable[object], fix: str = "") -> None:
         names = [str(item) for item in known]
-        near = difflib.get_close_matches(str(name), names, n=1)
+        near = difflib.get_close_matches(name, names, n=1) if isinstance(name, str) else []
         hint = f" Did you mean {near[0]!r}?" if near else ""
         tail = f" {fix}" if fix else ""
         super().__init__(f"unknown {kind} {name!r}; known: {', '.join(names) or 'none'}.{hint}{tail}")

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from steerwell.core.artifacts import write_atomic
 from steerwell.core.errors import ArgumentError, ArtifactError
 from steerwell.core.records import Position, Toward
+from steerwell.core.yamltext import parse_yaml
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -80,8 +81,7 @@ def load_policy(path: str | Path) -> Policy:
     """
     file = Path(path)
     try:
-        data = yaml.safe_load(file.read_text(encoding="utf-8"))
-        policy = Policy.model_validate(data)
+        policy = Policy.model_validate(parse_yaml(file.read_text(encoding="utf-8"))[1])
     except OSError as error:
         raise ArtifactError(f"policy {file} cannot be read: {error.strerror or error}") from error
     except ValidationError as error:

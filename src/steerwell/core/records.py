@@ -146,7 +146,7 @@ class Calibration:
         sigma_violating: standard deviation of the violating class.
         cohens_d: class separation over the pooled standard deviation; 0 when nothing varies.
         cosine_mean_difference: cosine between the direction and the mean difference.
-        split_half: mean cosine between directions fitted on random halves of the pairs; NaN: too few pairs.
+        split_half: mean cosine between directions fitted on random halves of the pairs; NaN: too few pairs that differ.
         n: number of pairs.
     """
 
@@ -163,7 +163,7 @@ class Calibration:
     def __post_init__(self) -> None:
         for item in fields(self):
             value = getattr(self, item.name)
-            if not (math.isfinite(value) or (item.name == "split_half" and math.isnan(value))):
+            if not (-math.inf < value < math.inf or (item.name == "split_half" and math.isnan(value))):
                 raise ArgumentError(f"{item.name}: got {value}; expected a finite number")
 
     @property

@@ -71,11 +71,34 @@ def per_row(name: str, value: T | Sequence[T], rows: int) -> list[T]:
     return list(value)
 
 
+def row_prompts(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts of the rows.
+
+    Raises:
+        ArgumentError: a single prompt, or something that is none.
+    """
+    if isinstance(prompts, (str, Prompt)):
+        raise ArgumentError(f"prompts: got a single {type(prompts).__name__}; give a list of prompts")
+    listed = list(prompts)
+    for prompt in listed:
+        if not isinstance(prompt, Prompt):
+            raise ArgumentError(f"prompts: got {type(prompt).__name__}; expected Prompt (see Prompt.chat)")
+    return listed
+
+
 def row_samplings(sampling: Samplings, rows: int) -> list[Sampling]:
-    """The sampling of every row; one `Sampling` for all gives row i the seed `seed + i`."""
+    """The sampling of every row; one `Sampling` for all gives row i the seed `seed + i`.
+
+    Raises:
+        ArgumentError: another number of samplings than rows, or something that is none.
+    """
     if isinstance(sampling, Sampling):
         return [replace(sampling, seed=sampling.seed + index) for index in range(rows)]
-    return per_row("sampling", sampling, rows)
+    listed: list[Sampling] = per_row("sampling", sampling, rows)
+    for item in listed:
+        if not isinstance(item, Sampling):
+            raise ArgumentError(f"sampling: got {type(item).__name__}; expected Sampling")
+    return listed
 
 
 def row_edits(edits: Edits, rows: int, info: ModelInfo) -> list[Edit | None]:
@@ -101,13 +124,16 @@ def row_edits(edits: Edits, rows: int, info: ModelInfo) -> list[Edit | None]:
     return listed
 
 
-def check_responses(responses: Sequence[Sequence[int]], rows: int) -> None:
-    """Raise `ArgumentError` unless there is one response per row and none is empty."""
+def check_responses(responses: Sequence[Sequence[int]], rows: int, vocabulary: int) -> None:
+    """Raise `ArgumentError` unless there is one response per row, none is empty, and every token id exists."""
     if len(responses) != rows:
         raise ArgumentError(f"responses: got {len(responses)} for {rows} prompts; give one per prompt")
     empty = [index for index, tokens in enumerate(responses) if len(tokens) == 0]
     if empty:
         raise ArgumentError(f"responses: row(s) {empty[:5]} hold no token; leave such rows out")
+    for index, tokens in enumerate(responses):
+        if not (min(tokens) >= 0 and max(tokens) < vocabulary):
+            raise ArgumentError(f"responses: row {index} holds token ids outside 0 to {vocabulary - 1}")
 
 
 def length_sorted(lengths: Sequence[int], size: int) -> list[list[int]]:

@@ -128,7 +128,7 @@ class FakeEngine:
     def _forced(
         self, prompts: Sequence[Prompt], responses: Sequence[Sequence[int]], edits: Edits
     ) -> Iterator[tuple[int, list[int], _Run]]:
-        check_responses(responses, len(prompts))
+        check_responses(responses, len(prompts), END + 1)
         for prompt, tokens, edit in zip(prompts, responses, row_edits(edits, len(prompts), self.info), strict=True):
             start = _encode(prompt)
             yield len(start), [*start, *tokens], _Run(self, edit)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -71,7 +72,7 @@ def with_hidden(output: Any, hidden: Tensor) -> Any:
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
-def model_info(model: nn.Module, blocks: nn.ModuleList, name: str) -> ModelInfo:
+def model_info(model: nn.Module, blocks: Sequence[nn.Module], name: str) -> ModelInfo:
     """What a direction must know of this model."""
     config = _text_config(model)
     fields = {field: getattr(config, field, None) for field in SHAPE_FIELDS}

@@ -110,15 +110,17 @@ class _Sampler:
         self._temperature = torch.tensor([value or 1.0 for value in warm], device=device)[:, None]
         self._top_p = torch.tensor([row.sampling.top_p for row in rows], device=device)[:, None]
         self._is_greedy = torch.tensor([value == 0 for value in warm], device=device)
-        draws = np.stack([np.random.default_rng(row.sampling.seed).random(steps) for row in rows])
-        self._uniform = torch.from_numpy(draws).float().to(device)
+        # Drawn in float32: a float64 draw just below 1 would round to 1, which lies beyond the last token.
+        draws = [np.random.default_rng(row.sampling.seed).random(steps, np.float32) for row in rows]
+        self._uniform = torch.from_numpy(np.stack(draws)).to(device)
 
     def draw(self, logits: Tensor) -> Tensor:
         """Token ids [B] from logits [B, vocabulary]."""
         best = logits.argmax(-1)
         if self._greedy:
             return best
-        flat = torch.softmax(logits.float() / self._temperature, -1)
+        scores = logits.float()
+        flat = torch.softmax((scores - scores.amax(-1, keepdim=True)) / self._temperature, -1)
         probabilities, order = flat.sort(stable=True, dim=-1, descending=True)
         reached = probabilities.cumsum(-1)
         nucleus = torch.where(reached - probabilities < self._top_p, probabilities, 0.0).cumsum(-1)

@@ -17,6 +17,7 @@ from steerwell.engines.base import (
     check_responses,
     length_sorted,
     row_edits,
+    row_prompts,
     row_samplings,
 )
 from steerwell.engines.hf.decode import Row, decode
@@ -133,6 +134,7 @@ class HFEngine:
             responses: token ids of each row's answer (`Response.token_ids`), none empty.
             edits: as in `generate`; states are read after the edits of their layer.
         """
+        prompts = row_prompts(prompts)
         states = np.zeros((len(prompts), self.info.n_layers, self.info.d_model), np.float32)
         for batch, ids, scope, spans, plan in self._forced(prompts, responses, edits, tail=0):
             weights = torch.zeros(ids.shape, device=ids.device)
@@ -151,6 +153,7 @@ class HFEngine:
             responses: token ids of each row's answer, none empty.
             edits: as in `generate`.
         """
+        prompts = row_prompts(prompts)
         scores: list[Score | None] = [None] * len(prompts)
         for batch, ids, scope, spans, plan in self._forced(prompts, responses, edits, tail=1):
             keep = ids.shape[1] - min(start for start, _ in spans) + 1
@@ -162,7 +165,7 @@ class HFEngine:
         return [score for score in scores if score is not None]
 
     def _rows(self, prompts: Sequence[Prompt], sampling: Samplings, edits: Edits) -> list[Row]:
-        listed = list(prompts)
+        listed = row_prompts(prompts)
         drawn, steered = row_samplings(sampling, len(listed)), row_edits(edits, len(listed), self.info)
         rows = []
         for prompt, how, edit in zip(listed, drawn, steered, strict=True):
@@ -178,7 +181,7 @@ class HFEngine:
 
         `tail` last tokens are in nobody's scope: scoring leaves out the one that generating never feeds back.
         """
-        check_responses(responses, len(prompts))
+        check_responses(responses, len(prompts), self._model.vocabulary)
         steered = row_edits(edits, len(prompts), self.info)
         starts = [self._model.codec.encode(prompt) for prompt in prompts]
         for start, tokens in zip(starts, responses, strict=True):

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from steerwell.core.errors import ArgumentError, EngineError
@@ -30,10 +31,11 @@ class LoadedModel:
 
     def __init__(self, model: Any, tokenizer: Any, name: str, blocks: str | None, options: Mapping[str, Any]) -> None:
         self.network: nn.Module = model.eval()
-        self.blocks = _named_blocks(model, blocks) if blocks else decoder_blocks(model)
+        self.blocks = tuple(_named_blocks(model, blocks) if blocks else decoder_blocks(model))
         self.info = model_info(model, self.blocks, name)
         self.codec = TextCodec(tokenizer, options)
         self.end_ids = _end_ids(model, tokenizer)
+        self.vocabulary = int(model.get_input_embeddings().weight.shape[0])
         self.pad_id = int(tokenizer.pad_token_id or 0)
         config = model.config.get_text_config(decoder=True)
         self.max_length: int | None = getattr(config, "max_position_embeddings", None)
@@ -145,15 +147,22 @@ def load(
         shared["gguf_file"] = gguf
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(place, **shared)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            place, dtype=DTYPES.get(dtype, "auto"), device_map=device_map, **shared
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            place, dtype=DTYPES.get(dtype, "auto"), device_map=device_map, output_loading_info=True, **shared
         )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise EngineError(
             f"cannot load model {name!r}: {first} - give the bundled 'pilot', a hub id, a folder that holds "
             "config.json, or a .gguf file"
         ) from error
+    model, report = loaded
+    if report["missing_keys"]:
+        lacking = sorted(report["missing_keys"])
+        raise EngineError(
+            f"cannot load model {name!r}: its files lack {len(lacking)} of its weights ({lacking[0]} for one), which "
+            "would be random numbers - get the whole checkpoint"
+        )
     return LoadedModel(model, tokenizer, name, blocks, chat_options or {})
 
 

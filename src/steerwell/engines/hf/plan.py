@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from steerwell.core.errors import EngineError
 from steerwell.core.records import Edit, EditTerm, Receipt, TermReceipt
@@ -19,6 +21,8 @@ from steerwell.engines.hf.blocks import hidden_of, with_hidden
 from steerwell.steering.kernel import Coefficients, Trace, gated_affine
 
 FLUSH_EVERY = 256  # forward passes whose traces are kept before they are summed
+SCOPES = ("real", "response")
+SUMS = ("seen", "edited", "before", "moved", "distance", "margin")  # over a term's tokens; the margin is a minimum
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,18 +39,6 @@ class Scope:
 
 
 @dataclass(slots=True)
-class _Sums:
-    """Running sums of one term of one row."""
-
-    seen: int = 0
-    edited: int = 0
-    before: float = 0.0
-    moved: float = 0.0
-    distance: float = 0.0
-    margin: float = math.inf
-
-
-@dataclass(slots=True)
 class _Slot:
     """The k-th term at one layer, of every row that has one; `place` is (layer, k)."""
 
@@ -54,18 +46,15 @@ class _Slot:
     terms: list[EditTerm | None]
     coefficients: Coefficients
     response_only: Tensor | None  # bool [B, 1]; None: no row; True everywhere is kept as a tensor
-    sums: list[_Sums]
-    traces: list[tuple[Trace, Tensor]] = field(default_factory=list)
+    traces: list[Trace] = field(default_factory=list)  # one per pass since the last flush
 
     @property
     def layer(self) -> int:
         return self.place[0]
 
-    def scope(self, scope: Scope) -> Tensor:
+    def seen(self, real: Tensor, response: Tensor) -> Tensor:
         """Tokens in scope of each row's own position, bool [B, T]."""
-        if self.response_only is None:
-            return scope.real
-        return torch.where(self.response_only, scope.response, scope.real)
+        return real if self.response_only is None else torch.where(self.response_only, response, real)
 
 
 class Plan:
@@ -81,10 +70,14 @@ class Plan:
         self._edits = list(edits)
         self._rows = list(range(len(edits)))  # rows still in the batch, by their first index
         self._slots = _lay_out(edits, d_model, device)
-        self._passes = 0
+        self._scopes: list[Scope] = []  # of the passes since the last flush
+        self._sums = np.zeros((len(self._slots), len(edits), len(SUMS)))
+        self._sums[..., -1] = math.inf
+        self._steered = np.array([[term is not None for term in slot.terms] for slot in self._slots], bool)
+        self._device = device
 
     @contextmanager
-    def applied(self, blocks: nn.ModuleList, scope: Scope, *, prompt: bool) -> Iterator[None]:
+    def applied(self, blocks: Sequence[nn.Module], scope: Scope, *, prompt: bool) -> Iterator[None]:
         """Steer the forward passes inside; the model is as before afterwards, also after an exception.
 
         Args:
@@ -95,19 +88,22 @@ class Plan:
         Raises:
             EngineError: a steered block did not run its hook exactly once (a compiled model, say).
         """
-        before = [len(slot.traces) for slot in self._slots]
-        with ExitStack() as hooks:
+        handles: list[RemovableHandle] = []
+        try:
             for slot in self._slots:
-                hooks.callback(blocks[slot.layer].register_forward_hook(self._hook(slot, scope, prompt)).remove)
+                handles.append(blocks[slot.layer].register_forward_hook(_hook(slot, scope, prompt)))
             yield
-        for slot, count in zip(self._slots, before, strict=True):
-            if len(slot.traces) != count + 1:
+        finally:
+            for handle in handles:
+                handle.remove()
+        self._scopes.append(scope)
+        for slot in self._slots:
+            if len(slot.traces) != len(self._scopes):
                 raise EngineError(
-                    f"layer {slot.layer} ran its steering {len(slot.traces) - count} times in one pass, expected once; "
-                    "load the model without torch.compile and without gradient checkpointing"
+                    f"layer {slot.layer} ran its steering {len(slot.traces) - len(self._scopes) + 1} times in one "
+                    "pass, expected once; load the model without torch.compile and without gradient checkpointing"
                 )
-        self._passes += 1
-        if self._passes % FLUSH_EVERY == 0:
+        if len(self._scopes) == FLUSH_EVERY:
             self._flush()
 
     def keep(self, rows: Sequence[int], device: torch.device) -> None:
@@ -128,26 +124,71 @@ class Plan:
         return [None if edit is None else self._receipt(row, edit) for row, edit in enumerate(self._edits)]
 
     def _receipt(self, row: int, edit: Edit) -> Receipt:
-        slots = {slot.place: slot for slot in self._slots}
-        return Receipt(edit.id, tuple(_term_receipt(term, slots[place].sums[row]) for place, term in _places(edit)))
-
-    def _hook(self, slot: _Slot, scope: Scope, prompt: bool) -> Callable[..., Any]:
-        def steer(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-            hidden = hidden_of(output)
-            if slot.coefficients.gate.device != hidden.device:
-                slot.coefficients = slot.coefficients.to(hidden.device)
-            seen = slot.scope(scope)
-            edited, trace = gated_affine(hidden, slot.coefficients, seen.to(hidden.device) if prompt else None)
-            slot.traces.append((trace, seen))
-            return with_hidden(output, edited)
-
-        return steer
+        slots = {slot.place: index for index, slot in enumerate(self._slots)}
+        terms = (_term_receipt(term, *self._sums[slots[place], row].tolist()) for place, term in _places(edit))
+        return Receipt(edit.id, tuple(terms))
 
     def _flush(self) -> None:
+        """Add the traces to their rows' sums. A projection that is not finite is an error: its gate would stay shut."""
+        if not (self._slots and self._scopes):
+            self._scopes.clear()
+            return
+        sums = self._added_up()
+        wrong = self._steered[:, self._rows] & ~np.isfinite(sums[..., SUMS.index("before")])
+        if wrong.any():
+            slot, row = np.argwhere(wrong)[0].tolist()
+            raise EngineError(
+                f"layer {self._slots[slot].layer}, row {self._rows[row]}: the activations are not finite, so they "
+                "cannot be steered; load the model with dtype='bfloat16' or 'float32'"
+            )
+        self._sums[:, self._rows, :-1] += sums[..., :-1]
+        self._sums[:, self._rows, -1] = np.minimum(self._sums[:, self._rows, -1], sums[..., -1])
+        self._scopes.clear()
         for slot in self._slots:
-            if slot.traces:
-                _add_up(slot, self._rows)
-                slot.traces.clear()
+            slot.traces.clear()
+
+    def _added_up(self) -> NDArray[np.float64]:
+        """`SUMS` of every slot and every row in the batch over the passes since the last flush, [slots, B, SUMS]."""
+
+        def joined(name: str) -> Tensor:
+            """One field of every trace, [slots, B, tokens of all passes]."""
+            return stacked([torch.cat([getattr(trace, name) for trace in slot.traces], 1) for slot in self._slots])
+
+        def stacked(tensors: list[Tensor]) -> Tensor:
+            return torch.stack([tensor.to(self._device) for tensor in tensors])
+
+        real, response = (torch.cat([getattr(scope, name) for scope in self._scopes], 1) for name in SCOPES)
+        seen = stacked([slot.seen(real, response) for slot in self._slots])
+        before, moved = joined("projection"), joined("displacement")
+        second = any(slot.coefficients.gate_direction is not None for slot in self._slots)
+        gating = joined("gate_projection") if second else before
+        gate = stacked([slot.coefficients.gate for slot in self._slots])
+        fired = seen & (gating < gate)
+        sums = {
+            "seen": seen.sum(-1),
+            "edited": fired.sum(-1),
+            "before": torch.where(seen, before, 0.0).sum(-1),
+            "moved": torch.where(fired, moved, 0.0).sum(-1),
+            "distance": torch.where(fired, moved.abs(), 0.0).sum(-1),
+            "margin": torch.where(seen, (gating - gate).abs(), math.inf).amin(-1),
+        }
+        array: NDArray[np.float64] = torch.stack([sums[name] for name in SUMS], -1).cpu().double().numpy()
+        return array
+
+
+def _hook(slot: _Slot, scope: Scope, prompt: bool) -> Callable[..., Any]:
+    """The hook that applies one slot in one pass; only a prompt may hold tokens that are out of scope."""
+
+    def steer(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        hidden = hidden_of(output)
+        if slot.coefficients.gate.device != hidden.device:
+            slot.coefficients = slot.coefficients.to(hidden.device)
+        mask = slot.seen(scope.real, scope.response).to(hidden.device) if prompt else None
+        edited, trace = gated_affine(hidden, slot.coefficients, mask)
+        slot.traces.append(trace)
+        return with_hidden(output, edited)
+
+    return steer
 
 
 def _places(edit: Edit) -> Iterator[tuple[tuple[int, int], EditTerm]]:
@@ -190,53 +231,20 @@ def _slot(place: tuple[int, int], terms: list[EditTerm | None], d_model: int, de
     )
     response = [term is not None and term.position == "response" for term in terms]
     response_only = torch.tensor(response, device=device)[:, None] if any(response) else None
-    return _Slot(place, terms, coefficients, response_only, [_Sums() for _ in terms])
+    return _Slot(place, terms, coefficients, response_only)
 
 
-def _add_up(slot: _Slot, rows: Sequence[int]) -> None:
-    """Sum a slot's traces into its rows. Projections that are not finite are an error: their gate would stay shut."""
-    traces = [trace for trace, _ in slot.traces]
-    device = traces[0].projection.device
-    seen = torch.cat([mask.to(device) for _, mask in slot.traces], 1)
-    before = torch.cat([trace.projection for trace in traces], 1)
-    gating = torch.cat([trace.gate_projection for trace in traces], 1)
-    moved = torch.cat([trace.displacement for trace in traces], 1)
-    fired = torch.cat([trace.fired for trace in traces], 1) & seen
-    margins = (gating - slot.coefficients.gate).abs()
-    sums = torch.stack(
-        [
-            seen.sum(1),
-            fired.sum(1),
-            torch.where(seen, before, 0.0).sum(1),
-            torch.where(fired, moved, 0.0).sum(1),
-            torch.where(fired, moved.abs(), 0.0).sum(1),
-            torch.where(seen, margins, math.inf).amin(1),
-        ]
-    ).T.tolist()
-    for row, (n_seen, n_edited, total, shift, distance, margin) in zip(rows, sums, strict=True):
-        if slot.terms[row] is None:
-            continue
-        if not math.isfinite(total):
-            raise EngineError(
-                f"layer {slot.layer}, row {row}: the activations are not finite, so they cannot be steered; "
-                "load the model with dtype='bfloat16' or 'float32'"
-            )
-        mine = slot.sums[row]
-        mine.seen, mine.edited = mine.seen + int(n_seen), mine.edited + int(n_edited)
-        mine.before, mine.moved, mine.distance = mine.before + total, mine.moved + shift, mine.distance + distance
-        mine.margin = min(mine.margin, margin)
-
-
-def _term_receipt(term: EditTerm, sums: _Sums) -> TermReceipt:
-    seen = sums.seen or math.nan
+def _term_receipt(
+    term: EditTerm, seen: float, edited: float, before: float, moved: float, distance: float, margin: float
+) -> TermReceipt:
     return TermReceipt(
         label=term.label,
         layer=term.layer,
         position=term.position,
-        tokens_seen=sums.seen,
-        tokens_edited=sums.edited,
-        projection_before=sums.before / seen,
-        projection_after=(sums.before + sums.moved) / seen,
-        perturbation=sums.distance / sums.edited if sums.edited else 0.0,
-        gate_margin=sums.margin,
+        tokens_seen=int(seen),
+        tokens_edited=int(edited),
+        projection_before=before / seen if seen else math.nan,
+        projection_after=(before + moved) / seen if seen else math.nan,
+        perturbation=distance / edited if edited else 0.0,
+        gate_margin=margin,
     )

@@ -14,8 +14,8 @@ from steerwell.core.records import Message, Prompt
 class TextCodec:
     """A tokenizer with this library's rules.
 
-    A conversation goes through the model's chat template; a template without system turn gets the system text in front
-    of the first user turn. A model without template (a base model) gets the turns' texts one per line.
+    A conversation goes through the model's chat template; where that refuses or drops the system turn, its text goes in
+    front of the first user turn. A model without template (a base model) gets the turns' texts one per line.
     """
 
     def __init__(self, tokenizer: Any, options: Mapping[str, Any]) -> None:
@@ -41,13 +41,24 @@ class TextCodec:
         return text
 
     def _render(self, messages: Sequence[Message]) -> str:
+        first, *others = messages
         try:
+            if first.role == "system" and others:
+                rendered = self._with_system(messages)
+                if first.content.strip() in rendered:
+                    return rendered
+                merged = Message(others[0].role, f"{first.content}\n\n{others[0].content}")
+                return self._apply([merged, *others[1:]])
             return self._apply(messages)
         except TemplateError as error:
-            if messages[0].role != "system" or len(messages) < 2:
-                raise ArgumentError(f"prompt: the model's chat template refuses these turns: {error}") from error
-            first = Message(messages[1].role, f"{messages[0].content}\n\n{messages[1].content}")
-            return self._apply([first, *messages[2:]])
+            raise ArgumentError(f"prompt: the model's chat template refuses these turns: {error}") from error
+
+    def _with_system(self, messages: Sequence[Message]) -> str:
+        """The conversation as it is; empty where the template refuses it."""
+        try:
+            return self._apply(messages)
+        except TemplateError:
+            return ""
 
     def _apply(self, messages: Sequence[Message]) -> str:
         turns = [{"role": turn.role, "content": turn.content} for turn in messages]
@@ -62,13 +73,14 @@ class TextStream:
 
     def __init__(self, codec: TextCodec, stop: tuple[str, ...]) -> None:
         self._codec, self._stop = codec, stop
+        self._window = max((len(text.encode()) for text in stop), default=0) + 16  # a token may be a single byte
         self._shown = 0
 
     def stopped(self, tokens: Sequence[int]) -> bool:
         """Whether a stop string stands in the newest text (a window that any stop string fits into)."""
         if not self._stop:
             return False
-        tail = self._codec.decode(tokens[-(max(map(len, self._stop)) + 16) :])
+        tail = self._codec.decode(tokens[-self._window :])
         return any(stop in tail for stop in self._stop)
 
     def final(self, tokens: Sequence[int]) -> str:

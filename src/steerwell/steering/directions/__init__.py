@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from steerwell.core.errors import ArgumentError
 from steerwell.core.records import Direction, ModelInfo, Vectors
 from steerwell.core.registry import Registry
-from steerwell.steering.directions._calibrate import calibrate, orient, split_half
+from steerwell.steering.directions._calibrate import ROUNDING, calibrate, orient, split_half
 
 ESTIMATORS = Registry("direction", __name__, "fit")
 Array = NDArray[np.float64]
@@ -64,7 +64,7 @@ def estimate(
     for layer in range(model.n_layers):
         plus = np.asarray(aligned[:, layer], np.float64)
         minus = np.asarray(violating[:, layer], np.float64)
-        if not np.linalg.norm(plus.mean(0) - minus.mean(0)) > 0:
+        if np.linalg.norm(plus.mean(0) - minus.mean(0)) <= ROUNDING * max(np.abs(plus).max(), np.abs(minus).max()):
             raise ArgumentError(f"layer {layer}: both classes have the same mean state; are the prompts different?")
         unit, boundary = orient(fit(plus, minus), plus, minus)
         stability = split_half(fit, plus, minus, np.random.default_rng([seed, layer]))

@@ -15,6 +15,7 @@ from steerwell.core.records import Calibration
 Array = NDArray[np.float64]
 Fit = Callable[[Array, Array], tuple[Array, float | None]]
 HALVES = 5  # random splits that the stability averages over
+ROUNDING = 1e-12  # relative; what is smaller is no difference
 
 
 def orient(fitted: tuple[Array, float | None], aligned: Array, violating: Array) -> tuple[Array, float | None]:
@@ -28,8 +29,9 @@ def orient(fitted: tuple[Array, float | None], aligned: Array, violating: Array)
     if not (math.isfinite(norm) and norm > 0):
         raise ArgumentError("the estimator found no direction (zero or not finite); the classes may be identical")
     unit = vector / norm
-    separation = float((aligned.mean(0) - violating.mean(0)) @ unit)
-    if separation == 0:
+    difference = aligned.mean(0) - violating.mean(0)
+    separation = float(difference @ unit)
+    if abs(separation) <= ROUNDING * np.linalg.norm(difference):
         raise ArgumentError("the direction does not separate the classes at all; try method 'mean_difference'")
     if separation > 0:
         return unit, boundary
@@ -57,7 +59,10 @@ def calibrate(unit: Array, boundary: float | None, aligned: Array, violating: Ar
 
 
 def split_half(fit: Fit, aligned: Array, violating: Array, rng: np.random.Generator) -> float:
-    """Mean cosine between the directions of two random halves of the pairs; NaN with fewer than 4 pairs."""
+    """Mean cosine between the directions of two random halves of the pairs.
+
+    NaN with fewer than 4 pairs, or where the pairs of some half show no difference.
+    """
     n = len(aligned)
     if n < 4:
         return math.nan
@@ -65,9 +70,12 @@ def split_half(fit: Fit, aligned: Array, violating: Array, rng: np.random.Genera
     for _ in range(HALVES):
         order = rng.permutation(n)
         halves = (order[: n // 2], order[n // 2 :])
-        left, right = (
-            orient(fit(aligned[half], violating[half]), aligned[half], violating[half])[0] for half in halves
-        )
+        try:
+            left, right = (
+                orient(fit(aligned[half], violating[half]), aligned[half], violating[half])[0] for half in halves
+            )
+        except ArgumentError:
+            return math.nan
         cosines.append(float(left @ right))
     return float(np.mean(cosines))
 

@@ -23,4 +23,5 @@ def fit(aligned: Array, violating: Array) -> tuple[Array, float | None]:
         states = triangle.T
     model = LogisticRegression(C=1.0, solver="lbfgs", tol=1e-6, max_iter=10_000).fit(states, labels)
     weights = model.coef_[0] if basis is None else basis @ model.coef_[0]
-    return weights, float(-model.intercept_[0] / np.linalg.norm(weights))
+    norm = np.linalg.norm(weights)
+    return weights, float(-model.intercept_[0] / norm) if norm else None

@@ -46,7 +46,8 @@ def build(
 
     Raises:
         UnknownNameError: no such method, layer, position or class.
-        ArgumentError: the strength is no finite number; a gate is missing, or given to a method that takes none.
+        ArgumentError: the strength is no finite number; a gate is missing, or it, a threshold or `above` is given to
+            a method that takes none; no layers, or one twice.
         ModelMismatchError: gate and direction were made for different models.
     """
     coefficients = METHODS.get(method)
@@ -55,11 +56,13 @@ def build(
     if toward not in get_args(Toward):
         raise UnknownNameError("class to steer toward", toward, get_args(Toward))
     if (gate is not None) != (method == "conditional"):
-        need = "needs" if gate is None else "takes no"
-        raise ArgumentError(f"gate: {method!r} {need} a second direction; only 'conditional' is gated by one")
+        need = "needs a" if gate is None else "takes no"
+        raise ArgumentError(f"gate: {method!r} {need} second direction; only 'conditional' is gated by one")
+    if gate is None and (threshold is not None or above):
+        raise ArgumentError(f"threshold, above: {method!r} takes neither; only 'conditional' does")
     if gate is not None:
         direction.model.require_same(gate.model, f"direction {direction.concept!r}")
-    chosen = [layers] if isinstance(layers, int) else list(layers)
+    chosen = [int(layer) for layer in (layers if isinstance(layers, Iterable) else [layers])]
     if not chosen:
         raise ArgumentError("layers: got none; name at least one block, 0-based")
     if len(set(chosen)) < len(chosen):
