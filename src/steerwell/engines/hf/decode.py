@@ -45,7 +45,8 @@ def decode(model: LoadedModel, rows: Sequence[Row]) -> Iterator[None]:
     plan = Plan([row.edit for row in rows], model.info.d_model, model.device)
     ids, real = left_padded([row.prompt_ids for row in rows], model.pad_id, model.device)
     room = max(row.limit for row in rows)
-    mask = torch.cat([real, real.new_ones(len(rows), room)], 1)
+    mask = torch.cat([real, real.new_ones(len(rows), room)], 1).long()  # of the whole answer; steps read slices
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
     response = torch.zeros_like(real)
     response[:, -1] = True
     scope, width, prompt = Scope(real, response), ids.shape[1], True
@@ -53,7 +54,8 @@ def decode(model: LoadedModel, rows: Sequence[Row]) -> Iterator[None]:
     cache: Any = None
     while True:
         with torch.inference_mode():
-            logits, cache = model.step(ids, mask[:, :width], cache, plan, scope, prompt=prompt)
+            places = positions[:, width - ids.shape[1] : width]
+            logits, cache = model.step(ids, mask[:, :width], places, cache, plan, scope, prompt=prompt)
             tokens = sampler.draw(logits)
         for row, token in zip(alive, tokens.tolist(), strict=True):
             if row.finish is None:
@@ -68,7 +70,7 @@ def decode(model: LoadedModel, rows: Sequence[Row]) -> Iterator[None]:
             sampler.keep(index)
             with torch.inference_mode():
                 cache.batch_select_indices(index)
-                tokens, mask = tokens[index], mask[index]
+                tokens, mask, positions = tokens[index], mask[index], positions[index]
             alive = [alive[row] for row in kept]
         going = torch.tensor([row.finish is None for row in alive], device=model.device)[:, None]
         ids, scope, width, prompt = tokens[:, None], Scope(going, going), width + 1, False

@@ -62,14 +62,13 @@ class LoadedModel:
         return min(wanted, self.max_length - len(prompt))
 
     def step(
-        self, ids: Tensor, mask: Tensor, cache: Any, plan: Plan, scope: Scope, *, prompt: bool
+        self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any, plan: Plan, scope: Scope, *, prompt: bool
     ) -> tuple[Tensor, Any]:
         """One forward pass of generation: logits [B, vocabulary] of the last position, and the grown cache."""
-        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         with self._lock, plan.applied(self.blocks, scope, prompt=prompt):
             output = self._forward(
                 ids,
-                attention_mask=mask.long(),
+                attention_mask=mask,
                 position_ids=positions,
                 past_key_values=cache,
                 use_cache=True,

@@ -1,0 +1,1 @@
+"""Speed: `make bench` times this library beside itself unsteered and beside its peers, and writes RESULTS.md."""

@@ -1,0 +1,1 @@
+"""Judges: who scores answers. `base.py` says what each offers."""
