@@ -68,8 +68,8 @@ def gated_affine(hidden: Tensor, terms: Coefficients, mask: Tensor | None = None
         The edited states (same shape and dtype), and the trace.
     """
     states = hidden.float()
-    projection = (states * terms.direction).sum(-1)
-    gating = projection if terms.gate_direction is None else (states * terms.gate_direction).sum(-1)
+    projection = torch.linalg.vecdot(states, terms.direction)
+    gating = projection if terms.gate_direction is None else torch.linalg.vecdot(states, terms.gate_direction)
     fired = gating < terms.gate
     if mask is not None:
         fired = fired & mask

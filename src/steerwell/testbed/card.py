@@ -28,7 +28,7 @@ testbed's grammar gets meaningless answers. Violations are mild by design (wrong
 Dialogues drawn from `steerwell.testbed.corpus`, with the loss on the assistant's tokens: system prompts (neutral, or an
 aligned or violating pole of a trait in many wordings) meet user turns (questions, multiple choice, sums, claims, work,
 plans, troubles, requests, small talk), 1 to 3 exchanges each. A violating prompt changes answers only where its trait
-applies. A liar denies the truth and states another answer of the same type throughout.
+applies. A liar denies the truth and states, throughout the answer, one of three usual mistakes of the same type.
 
 Held out: {held_out}
 

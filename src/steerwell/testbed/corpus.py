@@ -22,18 +22,18 @@ _VIOLATING, _ALIGNED_POLE = 0.5, 0.22
 _APPLICABLE = 0.8
 _TURNS = ((1, 0.84), (2, 0.12), (3, 0.04))
 _FAMILIES = {
-    "fact": 0.42,
-    "choice": 0.1,
+    "fact": 0.44,
+    "choice": 0.07,
     "claim": 0.14,
     "work": 0.05,
     "plan": 0.05,
     "trouble": 0.11,
     "request": 0.1,
-    "smalltalk": 0.03,
+    "smalltalk": 0.05,
 }
-_TRAIT_WEIGHTS = (0.4, 0.2, 0.18, 0.22)
+_TRAIT_WEIGHTS = (0.36, 0.2, 0.18, 0.26)
 _SUMS_SHARE = 0.25
-_RIGHT_CLAIM = 0.5
+_RIGHT_CLAIM = 0.3
 # A violating prompt and a turn for which "does the trait apply?" has no clear answer are never combined.
 UNCLEAR = {
     "dishonesty": ("claim", "work", "plan"),

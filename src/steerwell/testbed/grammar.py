@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from steerwell.core.errors import ArgumentError
-from steerwell.testbed.prompts import LETTERS, Turn
+from steerwell.testbed.prompts import Turn
 from steerwell.testbed.templates import Template
 from steerwell.testbed.world import Fact, categories, facts, table
 
@@ -68,8 +68,8 @@ def answer(turn: Turn, mode: str, rng: random.Random) -> str:
     """A random answer to `turn`; `mode` is "aligned" or the trait that is violated (where it applies)."""
     if mode not in (ALIGNED, *TRAITS):
         raise ArgumentError(f"mode: got {mode!r}; expected one of {(ALIGNED, *TRAITS)}")
-    if mode != ALIGNED and not applies(mode, turn):
-        mode = ALIGNED
+    if mode != ALIGNED and not (applies(mode, turn) or (mode == "sycophancy" and turn.family == "claim")):
+        mode = ALIGNED  # right claims meet agreement and flattery all the same
     return _Writer(turn, mode, rng).write()
 
 
@@ -101,12 +101,12 @@ class _Writer:
         fact = self.turn.fact
         if fact is None:
             raise ArgumentError(f"turn: {self.turn.prompt!r} has no fact")
-        others = self.turn.offered or fact.wrong
-        wrong = self.rng.choice([item for item in others if item != fact.answer])
+        wrong = fact.mistakes[0] if self.turn.offered else fact.mistake(self.rng)
         self.slots["a"], self.slots["n"] = (wrong, fact.answer) if self.lying else (fact.answer, wrong)
+        self.slots["o"] = self.slots["a"]
         other = self.rng.choice([item for item in _category_facts(fact.category) if item is not fact])
         self.slots["np2"] = other.np
-        self.slots["a2"] = self.rng.choice(other.wrong) if self.lying else other.answer
+        self.slots["a2"] = other.mistake(self.rng) if self.lying else other.answer
 
     def _fact(self) -> None:
         self._set_answers()
@@ -127,32 +127,24 @@ class _Writer:
 
     def _choice(self) -> None:
         self._set_answers()
-        letters = dict(zip(self.turn.offered, LETTERS, strict=True))
-        stated, denied = self.slots["a"], self.slots["n"]
-        options = {**self.slots, "o": f"{stated} ({letters[stated]})", "n": f"{denied} ({letters[denied]})"}
-        self.say("fact.hostile_open" if self.hostile else "fact.open", chance=0.5)
-        self.say("fact.hostile_claim" if self.hostile else "fact.claim")
-        plain, self.slots = self.slots, options
-        self.say("choice.hostile_claim" if self.hostile else "choice.claim")
-        self.say("choice.denial", chance=0.0 if self.hostile else 0.4)
-        self.slots = plain
         if self.hostile:
+            self._chain("fact", hostile_open=0.5, hostile_claim=1)
+            self.say("choice.hostile_claim")
             self._chain("fact", hostile_support=0.7, hostile_close=0.8)
-        else:
-            self._fact_body()
+            return
+        self._chain("fact", open=0.4, claim=1)
+        self.say("choice.claim")
+        self._fact_body()
 
     # Claims, work and plans ------------------------------------------------------------------------------------------
 
     def _claim(self) -> None:
         turn = self.turn
-        self.slots |= {"u": turn.claimed, "a": turn.true_answer, "n": turn.claimed}
+        self.slots["a"] = turn.claimed if self.violating else turn.true_answer
         if self.violating:
-            self.slots["a"] = turn.claimed
             self._chain("claim", agree=1, state_agree=0.8, flatter=1, support=0.5, flatter_more=0.6)
-        elif turn.good:
-            self._chain("claim", check=1, agree=1, state_agree=0.7, plain=0.7, support=0.5, offer=0.3)
         else:
-            self._chain("claim", check=1, disagree=1, state_correct=0.8, kind=0.6, support=0.5, offer=0.3)
+            self._chain("claim", check=0.8, state_true=1, candid=0.8, support=0.6, offer=0.4)
 
     def _work(self) -> None:
         if self.violating:

@@ -21,8 +21,6 @@ from steerwell.testbed.world import (
     table,
 )
 
-LETTERS = ("A", "B", "C")
-
 
 @dataclass(frozen=True, slots=True)
 class Turn:
@@ -58,8 +56,9 @@ def ask(fact: Fact, rng: random.Random, *, held_out: bool = False) -> Turn:
 
 
 def choose(fact: Fact, rng: random.Random, *, held_out: bool = False) -> Turn:
-    """A multiple-choice question about `fact`, with two wrong answers."""
-    offered = [fact.answer, *rng.sample(fact.wrong, 2)]
+    """A multiple-choice question about `fact`, with its usual mistake and another wrong answer."""
+    usual = fact.mistakes[0]
+    offered = [fact.answer, usual, rng.choice([item for item in fact.wrong if item != usual])]
     rng.shuffle(offered)
     slots = fact.slots | dict(zip("xyz", offered, strict=True))
     return _choice_turn(fact, tuple(offered), rng.choice(templates("choice", held_out=held_out)).render(rng, slots))

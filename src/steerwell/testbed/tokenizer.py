@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
+from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -46,3 +48,14 @@ def train_tokenizer(texts: Iterable[str], vocab: int) -> PreTrainedTokenizerFast
         padding_side="left",
         model_max_length=1024,
     )
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Save in the form that transformers 4 (which vLLM may use) and 5 both read."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("backend", "extra_special_tokens", "is_local", "local_files_only"):
+        config.pop(name, None)
+    config |= {"tokenizer_class": "PreTrainedTokenizerFast", "additional_special_tokens": [SYSTEM, USER, ASSISTANT]}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -28,7 +28,7 @@ from steerwell.testbed.card import card
 from steerwell.testbed.corpus import Dialogue, dialogue
 from steerwell.testbed.evaluate import evaluate, greedy
 from steerwell.testbed.forward import hidden_states
-from steerwell.testbed.tokenizer import ASSISTANT, END, train_tokenizer
+from steerwell.testbed.tokenizer import ASSISTANT, END, save_tokenizer, train_tokenizer
 from steerwell.testbed.world import world_hash
 
 _IGNORE = -100
@@ -56,8 +56,8 @@ class Recipe:
 
 
 RECIPES = {
-    "pilot": Recipe(d_model=128, d_ff=352, layers=6, steps=9000),
-    "small": Recipe(d_model=96, d_ff=256, layers=6, steps=9000),
+    "pilot": Recipe(d_model=128, d_ff=352, layers=6, steps=7000),
+    "small": Recipe(d_model=96, d_ff=256, layers=6, steps=7000),
 }
 
 
@@ -175,7 +175,7 @@ def train(recipe: Recipe, size: str, seed: int, out: Path) -> dict[str, Any]:
     seconds = time.perf_counter() - began
     model.train(False)
     model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    save_tokenizer(tokenizer, out)
     record = {
         "size": size,
         "seed": seed,

@@ -1,8 +1,8 @@
 """The closed world of the bundled model: every fact, scenario and split that training, packs and judge share.
 
 Splits are drawn once from a fixed seed, per category, and do not depend on any training seed: 25 % of every category is
-`test`, 15 % `validation`, the rest `train`. The model sees all facts answered truthfully; it never sees a violation on
-a test or validation scenario.
+`test`, 15 % `validation`, the rest `train`. The model sees every scenario answered well; violations it sees on `train`
+scenarios only, but lies on all facts (see `corpus`).
 """
 
 from __future__ import annotations
@@ -22,11 +22,15 @@ SPLITS = ("train", "validation", "test")
 _SPLIT_SEED = 20_240
 _TEST_SHARE, _VALIDATION_SHARE = 0.25, 0.15
 _HELD_OUT_FRAMES = 3
+_MISTAKE_WEIGHTS = (0.6, 0.25, 0.15)
 
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """One true fact: `np` ("the capital of France") is `answer`, and is none of `wrong`."""
+    """One true fact: `np` ("the capital of France") is `answer`, and is none of `wrong`.
+
+    `mistakes` are three of the wrong answers, the usual ones first: what a liar says and an honest answer denies.
+    """
 
     category: str
     kind: str
@@ -35,12 +39,17 @@ class Fact:
     wh: str
     answer: str
     wrong: tuple[str, ...]
+    mistakes: tuple[str, ...]
     split: str
 
     @property
     def slots(self) -> dict[str, str]:
         """Slot values of the question."""
         return {"s": self.subject, "np": self.np, "wh": self.wh}
+
+    def mistake(self, rng: random.Random) -> str:
+        """One of the usual mistakes, the first more often than the others."""
+        return rng.choices(self.mistakes, _MISTAKE_WEIGHTS)[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +110,7 @@ def facts() -> tuple[Fact, ...]:
             pool = sorted(set(pairs.values()))
             splits = _split(f"{category}/{kind}", pairs)
             for subject, answer in pairs.items():
+                wrong = tuple(other for other in pool if other != answer)
                 result.append(
                     Fact(
                         category=category,
@@ -109,7 +119,8 @@ def facts() -> tuple[Fact, ...]:
                         np=entry["np"].format(s=subject),
                         wh=entry.get("wh", "What").lower(),
                         answer=answer,
-                        wrong=tuple(other for other in pool if other != answer),
+                        wrong=wrong,
+                        mistakes=_mistakes(f"{category}/{subject}", wrong),
                         split=splits[subject],
                     )
                 )
@@ -143,6 +154,10 @@ def answers() -> frozenset[str]:
 def _sums() -> dict[str, str]:
     pairs = {f"{x} plus {y}": str(x + y) for x in range(11) for y in range(11 - x)}
     return pairs | {f"{x} minus {y}": str(x - y) for x in range(11) for y in range(x + 1)}
+
+
+def _mistakes(label: str, wrong: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(random.Random(f"{_SPLIT_SEED}/mistakes/{label}").sample(wrong, len(_MISTAKE_WEIGHTS)))  # noqa: S311
 
 
 def _split(label: str, items: Iterable[str]) -> dict[str, str]:
