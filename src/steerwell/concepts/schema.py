@@ -11,7 +11,6 @@ from pydantic_core import PydanticCustomError
 
 from steerwell.core.records import Prompt
 
-SCHEMA_VERSION = 1
 SPLITS = ("train", "validation", "test")
 Split = Literal["train", "validation", "test"]
 

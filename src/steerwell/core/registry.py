@@ -33,8 +33,7 @@ class Registry:
         Raises:
             UnknownNameError: nothing has this name, or what has it does not offer the attribute.
         """
-        if name not in self.names():
-            raise UnknownNameError(self.kind, name, self.names())
+        require_name(self, name)
         found = self._entry_points().get(name)
         bundled = not name.startswith("_") and _has_module(self.package, name)
         module = import_module(f"{self.package}.{name}") if bundled or found is None else found.load()

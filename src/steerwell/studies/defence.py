@@ -15,7 +15,7 @@ import numpy as np
 
 from steerwell.concepts import Concept
 from steerwell.core.records import Direction, Edit, Position, Prompt, Response, Sampling, Verdict
-from steerwell.engines.base import Engine
+from steerwell.engines.base import Engine, row_samplings
 from steerwell.scoring.judges.base import Judge
 from steerwell.steering.interventions import build
 from steerwell.studies.fitting import Progress
@@ -116,8 +116,7 @@ def measure(
     seed under every edit.
     """
     rows = [(prompt, edit) for edit in edits for prompt in prompts]
-    seeds = [sampling.seed + index for _ in edits for index in range(len(prompts))]
-    drawn = [_seeded(sampling, seed) for seed in seeds]
+    drawn = row_samplings(sampling, len(prompts)) * len(edits)
     answers = engine.generate([prompt for prompt, _ in rows], drawn, [edit for _, edit in rows], progress=progress)
     verdicts = [judge.score(concept.concept, _asked(answer.prompt), answer.text) for answer in answers]
     size = len(prompts)
@@ -143,10 +142,6 @@ def gap_closed(baseline: Outcome, attacked: Outcome, steered: Outcome) -> float:
     """
     gap = baseline.trait - attacked.trait
     return (steered.trait - attacked.trait) / gap if gap > 0 else math.nan
-
-
-def _seeded(sampling: Sampling, seed: int) -> Sampling:
-    return Sampling(sampling.temperature, sampling.top_p, sampling.max_new_tokens, sampling.stop, seed)
 
 
 def _asked(prompt: Prompt) -> str:
