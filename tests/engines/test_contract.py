@@ -101,6 +101,32 @@ def test_scoring_agrees_with_generating(any_engine) -> None:
             assert [(term.tokens_seen, term.tokens_edited) for term in score.receipt.terms] == seen
 
 
+def test_traces_add_up_to_the_receipt_and_pieces_to_the_text(any_engine) -> None:
+    direction = direction_of(any_engine)
+    edits = [
+        build(direction, "sttp", 1, 2.0, position="response"),
+        None,
+        Edit.compose(build(direction, "stmp", [2, 1], strength, position="response") for strength in (1.5, 1.0)),
+        build(direction, "swfc", 0, 0.0, position="response"),
+        build(direction, "sttp", 3, 1.0, position="response", toward="violating"),
+    ]
+    answers = any_engine.generate(PROMPTS, SHORT, edits)
+    for answer, edit, score in zip(
+        answers, edits, any_engine.score(PROMPTS, [item.token_ids for item in answers], edits), strict=True
+    ):
+        assert "".join(any_engine.pieces(answer.token_ids)) == answer.text
+        assert (
+            [trace.layer for trace in score.traces] == [term.layer for term in edit.terms] if edit else not score.traces
+        )
+        for trace, term in zip(score.traces, score.receipt.terms if edit else (), strict=True):
+            assert trace.edited.shape == trace.projection.shape == (len(answer.token_ids),)
+            assert trace.edited.sum() == term.tokens_edited
+            assert trace.projection.mean() == pytest.approx(term.projection_before, rel=1e-4, abs=1e-4)
+    text = "What now? Grüße."
+    assert any_engine.tokenise("") == ()
+    assert "".join(any_engine.pieces(any_engine.tokenise(text))).strip() == text
+
+
 @pytest.mark.parametrize("method", ["swfc", "stmp", "conditional"])
 def test_strength_zero_is_exactly_unsteered(any_engine, method: str) -> None:
     direction = direction_of(any_engine)

@@ -403,6 +403,21 @@ class Response:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
+class TokenTrace:
+    """What one term met and did, token by token: entry t is of the token that yields the response's token t.
+
+    Attributes:
+        layer: the term's layer.
+        projection: h . v before the edit, activation units, shape [n_tokens].
+        edited: whether it was edited, shape [n_tokens].
+    """
+
+    layer: int
+    projection: Vectors
+    edited: NDArray[np.bool_]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
 class Score:
     """Teacher-forced reading of one response.
 
@@ -411,12 +426,14 @@ class Score:
         margins: top logit minus second logit at each of these positions, shape [n_tokens].
         greedy: whether each token has the top logit, shape [n_tokens].
         receipt: what steering did; None means that the row was not steered.
+        traces: the same token by token, one per term of the edit, in its order.
     """
 
     logprobs: Vectors
     margins: Vectors
     greedy: NDArray[np.bool_]
     receipt: Receipt | None = None
+    traces: tuple[TokenTrace, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

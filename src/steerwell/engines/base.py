@@ -64,6 +64,14 @@ class Engine(Protocol):
         """Log-probabilities of given responses, with or without edits."""
         ...
 
+    def tokenise(self, text: str) -> tuple[int, ...]:
+        """Token ids of an answer's text, without special tokens."""
+        ...
+
+    def pieces(self, tokens: Sequence[int]) -> list[str]:
+        """The text that each token of an answer adds; they join to the answer's text."""
+        ...
+
 
 def per_row(name: str, value: T | Sequence[T], rows: int) -> list[T]:
     """One value for every row, or one per row.

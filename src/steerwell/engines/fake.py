@@ -7,6 +7,7 @@ of one token reaches all later ones, as in a real model. Rows are run one by one
 from __future__ import annotations
 
 import math
+from codecs import getincrementaldecoder
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -25,6 +26,7 @@ from steerwell.core.records import (
     Sampling,
     Score,
     TermReceipt,
+    TokenTrace,
     Vectors,
 )
 from steerwell.engines.base import Chunk, Edits, Samplings, check_responses, pooled_span, row_edits, row_samplings
@@ -109,8 +111,18 @@ class FakeEngine:
             logprobs = normalised[np.arange(len(rows)), tokens[start:]].astype(np.float32)
             top = np.sort(rows, 1)
             greedy = rows[np.arange(len(rows)), tokens[start:]] == top[:, -1]
-            scores.append(Score(logprobs, (top[:, -1] - top[:, -2]).astype(np.float32), greedy, run.receipt()))
+            margins = (top[:, -1] - top[:, -2]).astype(np.float32)
+            scores.append(Score(logprobs, margins, greedy, run.receipt(), run.traces(len(rows))))
         return scores
+
+    def tokenise(self, text: str) -> tuple[int, ...]:
+        """The text's bytes."""
+        return tuple(text.encode())
+
+    def pieces(self, tokens: Sequence[int]) -> list[str]:
+        """The text that each byte adds; a character of several bytes comes with its last one."""
+        decoder = getincrementaldecoder("utf-8")("replace")
+        return [decoder.decode(bytes([token]), at == len(tokens)) for at, token in enumerate(tokens, 1)]
 
     def _answer(self, prompt: Prompt, how: Sampling, edit: Edit | None) -> Response:
         run, written = _Run(self, edit), bytearray()
@@ -174,6 +186,14 @@ class _Run:
                     state = _apply(state, term, tally)
             states.append(state)
         return state @ engine._head, np.array(states)
+
+    def traces(self, last: int) -> tuple[TokenTrace, ...]:
+        """What every term met and did at the last tokens fed."""
+        terms = self._edit.terms if self._edit else ()
+        return tuple(
+            TokenTrace(term.layer, np.array(tally.before[-last:], np.float32), np.array(tally.fired[-last:], bool))
+            for term, tally in zip(terms, self._tallies, strict=True)
+        )
 
     def receipt(self) -> Receipt | None:
         if self._edit is None:

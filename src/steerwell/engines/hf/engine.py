@@ -171,9 +171,20 @@ class HFEngine:
             with torch.inference_mode():
                 logits = self._model.read(ids, plan, scope, keep)
                 read = [_read(logits[row], ids[row], start, end) for row, (start, end) in enumerate(spans)]
-            for index, reading, receipt in zip(batch, read, plan.receipts(), strict=True):
-                scores[index] = Score(*reading, receipt)
+            traces = plan.traced([(start - 1, end - 1) for start, end in spans])
+            for index, reading, receipt, traced in zip(batch, read, plan.receipts(), traces, strict=True):
+                scores[index] = Score(*reading, receipt, traced)
         return [score for score in scores if score is not None]
+
+    def tokenise(self, text: str) -> tuple[int, ...]:
+        """Token ids of an answer's text, without special tokens."""
+        return self._model.codec.tokens(text)
+
+    def pieces(self, tokens: Sequence[int]) -> list[str]:
+        """The text that each token of an answer adds; a character of several tokens comes with its last one."""
+        stream, listed = TextStream(self._model.codec, ()), list(tokens)
+        ends = range(1, len(listed) + 1)
+        return [stream.fresh(listed[:end], done=end == len(listed)) for end in ends]
 
     def _rows(self, prompts: Sequence[Prompt], sampling: Samplings, edits: Edits) -> list[Row]:
         listed = row_prompts(prompts)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from steerwell.core.errors import EngineError
-from steerwell.core.records import Edit, EditTerm, Receipt, TermReceipt
+from steerwell.core.records import Edit, EditTerm, Receipt, TermReceipt, TokenTrace
 from steerwell.engines.hf.blocks import hidden_of, with_hidden
 from steerwell.steering.kernel import Coefficients, Trace, gated_affine
 
@@ -117,6 +117,22 @@ class Plan:
             if slot.response_only is not None:
                 slot.response_only = slot.response_only[index.to(slot.response_only.device)]
         self._rows = [self._rows[row] for row in rows]
+
+    def traced(self, spans: Sequence[tuple[int, int]]) -> list[tuple[TokenTrace, ...]]:
+        """What every row's terms did in the latest pass, token by token; (first, end) tokens of each row."""
+        last = {slot.place: slot.traces[-1] for slot in self._slots}
+        found = {
+            place: (trace.projection.float().cpu().numpy(), trace.fired.cpu().numpy()) for place, trace in last.items()
+        }
+
+        def cut(row: int, place: tuple[int, int]) -> TokenTrace:
+            first, end = spans[row]
+            projection, fired = found[place]
+            return TokenTrace(place[0], projection[row, first:end], fired[row, first:end])
+
+        return [
+            tuple(cut(row, place) for place, _ in _places(edit)) if edit else () for row, edit in enumerate(self._edits)
+        ]
 
     def receipts(self) -> list[Receipt | None]:
         """What was done to every row of the first batch, None for rows without edit."""

@@ -30,10 +30,14 @@ class TextCodec:
         else:
             ids = self._tokenizer("\n".join(turn.content for turn in prompt.messages))["input_ids"]
         if prompt.prefill:
-            ids = ids + self._tokenizer(prompt.prefill, add_special_tokens=False)["input_ids"]
+            ids = [*ids, *self.tokens(prompt.prefill)]
         if not ids:
             raise ArgumentError("prompt: it holds no token, and this tokenizer adds no begin token; write some text")
         return list(ids)
+
+    def tokens(self, text: str) -> tuple[int, ...]:
+        """Token ids of a part of a text, without special tokens."""
+        return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of generated tokens, special tokens left out."""
