@@ -7,7 +7,7 @@ import sys
 import typer
 from rich.console import Console
 
-from steerwell.apps.cli import concepts, demo, fit, generate, inspect, sweep
+from steerwell.apps.cli import concepts, demo, fit, generate, inspect, study, sweep
 from steerwell.core.errors import SteerwellError
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app.command("fit")(fit.fit)
 app.command("inspect")(inspect.inspect)
 app.command("sweep")(sweep.sweep)
 app.command("generate")(generate.generate)
+app.add_typer(study.app, name="study")
 
 
 @app.callback(invoke_without_command=True)
