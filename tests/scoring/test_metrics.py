@@ -494,6 +494,8 @@ def test_too_few_scores_are_nan_and_equal_ones_a_point(method) -> None:
         assert (found.n, found.missing) == (0, len(nothing))
         assert math.isnan(how.difference(nothing, [1, 2]).estimate)
         assert math.isnan(how.paired_difference(nothing, nothing).estimate)
+    nearly = how.paired_difference(np.arange(12) / 10 + 0.4, np.arange(12) / 10)  # 0.4, but for rounding
+    assert_allclose([nearly.estimate, nearly.low, nearly.high], 0.4)
     one = how.mean([3])
     assert_array_equal([one.estimate, one.low, one.high], [3, NAN, NAN])
     lopsided = how.difference([3], [1, 2])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pkgutil
+from functools import cached_property
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
 from typing import Any
 
@@ -15,7 +16,8 @@ class Registry:
     """Implementations of one kind, imported on first use.
 
     A bundled one is a module of `package` whose name does not begin with '_'; it offers the attribute `attribute`.
-    A third party's is an entry point of the group `steerwell.<kind>s` that names such a module.
+    A third party's is an entry point of the group `steerwell.<kind>s` that names such a module. What is installed is
+    looked up once: the lookup reads every distribution's files, and names are checked for every configuration.
     """
 
     def __init__(self, kind: str, package: str, attribute: str) -> None:
@@ -23,9 +25,7 @@ class Registry:
 
     def names(self) -> tuple[str, ...]:
         """Every registered name, sorted; nothing is imported."""
-        package: ModuleType = import_module(self.package)
-        bundled = {module.name for module in pkgutil.iter_modules(package.__path__) if not module.name.startswith("_")}
-        return tuple(sorted(bundled | set(self._entry_points())))
+        return self._names
 
     def get(self, name: str) -> Any:
         """The implementation registered under `name`; bundled names cannot be overridden.
@@ -34,20 +34,25 @@ class Registry:
             UnknownNameError: nothing has this name, or what has it does not offer the attribute.
         """
         require_name(self, name)
-        found = self._entry_points().get(name)
-        bundled = not name.startswith("_") and _has_module(self.package, name)
-        module = import_module(f"{self.package}.{name}") if bundled or found is None else found.load()
+        module = import_module(f"{self.package}.{name}") if name in self._bundled else self._entry_points[name].load()
         if not hasattr(module, self.attribute):
             fix = f"Its module must define {self.attribute!r}."
             raise UnknownNameError(f"{self.kind} implementation", name, self.names(), fix)
         return getattr(module, self.attribute)
 
-    def _entry_points(self) -> dict[str, Any]:
+    @cached_property
+    def _names(self) -> tuple[str, ...]:
+        return tuple(sorted(self._bundled | set(self._entry_points)))
+
+    @cached_property
+    def _bundled(self) -> frozenset[str]:
+        package: ModuleType = import_module(self.package)
+        modules = pkgutil.iter_modules(package.__path__)
+        return frozenset(module.name for module in modules if not module.name.startswith("_"))
+
+    @cached_property
+    def _entry_points(self) -> dict[str, EntryPoint]:
         return {point.name: point for point in entry_points(group=f"steerwell.{self.kind}s")}
-
-
-def _has_module(package: str, name: str) -> bool:
-    return any(module.name == name for module in pkgutil.iter_modules(import_module(package).__path__))
 
 
 def require_name(registry: Registry, name: str) -> None:

@@ -17,6 +17,7 @@ IntervalMethod = Literal["bca", "percentile"]
 Values = NDArray[np.float64]
 Numbers = Sequence[float] | NDArray[np.floating[Any]]
 CELLS = 2**22  # resampled numbers held in memory at once
+ROUNDING = 1e-9  # relative spread of scores that differ by rounding only
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +102,8 @@ class Bootstrap:
         estimate = float(_statistic(*samples))
         if min(map(len, samples)) < 2:
             return Interval(estimate, math.nan, math.nan, n, missing)
-        if all(np.ptp(sample) == 0 for sample in samples):  # every resample is the sample; BCa would divide by 0
+        if all(np.ptp(sample) <= ROUNDING * np.abs(sample).max() for sample in samples):
+            # Every resample is the sample; BCa would divide by 0.
             return Interval(estimate, estimate, estimate, n, missing)
         found = stats.bootstrap(
             samples,

@@ -42,7 +42,7 @@ from steerwell.studies.trials import Task, Trials
 
 CELL = "cell.json"
 TRIALS, TURNS = "trials.parquet", "turns.parquet"
-Capability = Callable[[Model, Path | None, Sequence[str]], Mapping[str, float]]
+Capability = Callable[[Engine, Edit | None, Sequence[str]], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,12 @@ class Cell:
         return f"{self.model.title}, {Path(self.concept).stem}"
 
     def run(
-        self, engine: Engine, load: Callable[[str], Engine], say: Say, capability: Capability | None = None
+        self,
+        engine: Engine,
+        load: Callable[[str], Engine],
+        say: Say,
+        capability: Capability | None = None,
+        judge: Judge | None = None,
     ) -> None:
         """Do what is not done yet, and write the cell's files.
 
@@ -75,26 +80,33 @@ class Cell:
             engine: the model, loaded.
             load: loads a fine-tuned copy.
             say: called with what is being done and how many answers it takes; returns where progress goes.
-            capability: accuracies of the model, under a policy or none, on tasks that are not the bundled model's.
+            capability: accuracies (%) under an edit or none on tasks that are not the bundled model's.
+            judge: one of your own, instead of the study's.
         """
-        _Running(self, engine, load, say, capability).run()
+        _Running(self, engine, load, say, capability, judge).run()
 
 
 class _Running:
     """A cell at work."""
 
     def __init__(
-        self, cell: Cell, engine: Engine, load: Callable[[str], Engine], say: Say, capability: Capability | None
+        self,
+        cell: Cell,
+        engine: Engine,
+        load: Callable[[str], Engine],
+        say: Say,
+        capability: Capability | None,
+        judge: Judge | None,
     ) -> None:
         self.cell, self.config, self.folder = cell, cell.config, cell.folder
-        self.engine, self.load, self.capability = engine, load, capability
+        self.engine, self.load, self.capability, self.given = engine, load, capability, judge
         self.say: Say = lambda text, count: say(f"{cell.title}: {text}", count)
         self.concept = concept_for(cell, engine)
         self.sampling = Sampling(self.config.temperature, max_new_tokens=self.config.max_new_tokens)
 
     def run(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.judge = self._judge()
+        self.judge = self._judge() if self.given is None else self.given
         result = self._sweep()
         self.ways, self.roles = result.configurations, roles_of(result)
         used = self.roles.all
@@ -271,11 +283,10 @@ class _Running:
 
     def _accuracies(self, condition: int | None, tasks: Sequence[str]) -> dict[str, float]:
         found: dict[str, float] = {}
+        edit = None if condition is None else self.edits[condition]
         others = [name for name in tasks if name != "testbed"]
         if "testbed" in tasks:
             from steerwell.testbed.evaluate import capability
-
-            edit = None if condition is None else self.edits[condition]
 
             def answer(asked: Sequence[tuple[str, str]]) -> list[str]:
                 prompts = [Prompt.chat(user, system) for system, user in asked]
@@ -284,9 +295,8 @@ class _Running:
             found |= capability(answer, "test")
         if others:
             if self.capability is None:
-                raise ArgumentError(f"capabilities: got {others}, but nothing that measures them; see Cell.run")
-            policy = None if condition is None else self._policy(condition)
-            found |= self.capability(self.cell.model, policy, others)
+                raise ArgumentError(f"capabilities: got {others}, and nothing that measures them; see Cell.run")
+            found |= self.capability(self.engine, edit, others)
         return found
 
     def _looked_at(self, rows: Sequence[Row]) -> dict[str, Any]:

@@ -74,6 +74,8 @@ def claims_of(cells: Sequence[CellResult]) -> list[Claim]:
 def recovers(cell: CellResult) -> Verdict:
     """All three methods raise the trait under attack."""
     told, holds = [], []
+    if math.isnan(cell.gap_closed(None)):
+        return None, "the attack lowers nothing"
     for method in PAPER_METHODS:
         at = cell.best.get(method)
         if at is None:

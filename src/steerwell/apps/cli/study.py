@@ -12,7 +12,8 @@ import typer
 from steerwell.apps.cli.common import err, out, tasks
 
 if TYPE_CHECKING:
-    from steerwell.studies.config import Model
+    from steerwell.core.records import Edit
+    from steerwell.engines.base import Engine
 
 app = typer.Typer(no_args_is_help=True, help="Run a study from one YAML file.")
 
@@ -59,6 +60,14 @@ def say_line(text: str, count: int) -> Callable[[int], None]:
     return lambda _done: None
 
 
-def lm_eval_accuracies(model: Model, policy: Path | None, tasks: Sequence[str]) -> Mapping[str, float]:
-    """Accuracies (%) of a model under a policy on lm_eval's tasks."""
-    raise NotImplementedError
+def lm_eval_accuracies(engine: Engine, edit: Edit | None, tasks: Sequence[str]) -> Mapping[str, float]:
+    """Accuracies (%) of a model under an edit on lm_eval's tasks."""
+    from steerwell.core.errors import MissingDependencyError
+    from steerwell.engines.hf import HFEngine
+
+    try:
+        from steerwell.apps.harnesses.lm_eval import accuracies
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(error.name or "lm_eval", "lm-eval") from error
+    assert isinstance(engine, HFEngine)  # noqa: S101 - this command loads no other
+    return accuracies(engine, edit, tasks)

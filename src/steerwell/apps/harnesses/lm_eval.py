@@ -10,8 +10,10 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
+import lm_eval
 import torch
 import transformers
 from lm_eval.api.instance import Instance
@@ -23,8 +25,9 @@ from tqdm import tqdm
 
 from steerwell.apps.harnesses.common import load_steered, proven
 from steerwell.core.errors import ArgumentError, SteerwellError
-from steerwell.core.records import Message, Prompt, Receipt, Sampling, Score
+from steerwell.core.records import Edit, Message, Prompt, Receipt, Sampling, Score
 from steerwell.engines.base import length_sorted
+from steerwell.engines.hf import HFEngine
 from steerwell.testbed.bundled import BUNDLED
 
 MAX_GEN_TOKS = 256  # as in lm_eval's own models
@@ -55,11 +58,21 @@ class SteeredLM(LM):  # type: ignore[misc]  # lm_eval has no types
     """
 
     def __init__(self, pretrained: str = BUNDLED, device: str | None = None, seed: int = 42, **args: Any) -> None:
-        super().__init__()
         if device is not None and (torch.cuda.is_available() or not device.startswith("cuda")):
             args.setdefault("device_map", device)
         steered = load_steered(str(pretrained), args)
-        self._model, self._engine, self._edit = steered.model, steered.engine, steered.edit
+        self._take(steered.engine, steered.edit, seed, args)
+
+    @classmethod
+    def of(cls, engine: HFEngine, edit: Edit | None, seed: int = 42) -> Self:
+        """The same around an engine that is loaded already."""
+        made = cls.__new__(cls)
+        made._take(engine, edit, seed, {})
+        return made
+
+    def _take(self, engine: HFEngine, edit: Edit | None, seed: int, args: Mapping[str, Any]) -> None:
+        super().__init__()
+        self._model, self._engine, self._edit = engine.loaded, engine, edit
         self._seed, self._begin = seed, self._begin_prompt(args)
         self._receipts = _Totals()
 
@@ -202,6 +215,35 @@ class SteeredLM(LM):  # type: ignore[misc]  # lm_eval has no types
         for score in found.values():
             self._receipts.add(proven(score.receipt, self._edit))
         return [found[index] for index in range(len(prompts))]
+
+
+def accuracies(engine: HFEngine, edit: Edit | None, tasks: Sequence[str]) -> dict[str, float]:
+    """Each task's or group's accuracy in per cent, under an edit or none, by lm_eval's own defaults.
+
+    Args:
+        engine: the model; its chat template is applied.
+        edit: what it is steered with.
+        tasks: names that lm_eval knows, or its task files (`.yaml`).
+
+    Raises:
+        ArgumentError: a task has no metric that is a share.
+    """
+    named = [str(Path(task).absolute()) if task.endswith(".yaml") else task for task in tasks]
+    found = lm_eval.simple_evaluate(
+        model=SteeredLM.of(engine, edit), tasks=named, apply_chat_template=True, bootstrap_iters=0, log_samples=False
+    )
+    rows = found["results"] | found.get("groups", {})
+    asked = [name for name in rows if name in tasks] or list(rows)  # a task file's own name is inside it
+    return {name: 100 * _share(name, rows[name]) for name in asked}
+
+
+def _share(task: str, row: Mapping[str, Any]) -> float:
+    """The metric that stands for a task: accuracy, exact match, or the first that its author named."""
+    values = {name: value for name, value in row.items() if isinstance(value, float) and "stderr" not in name}
+    for metric in (*(f"{name},none" for name in ("acc", "exact_match")), *values):
+        if 0 <= values.get(metric, -1.0) <= 1:
+            return values[metric]
+    raise ArgumentError(f"capabilities: task {task!r} has no metric between 0 and 1 (it has {sorted(values)})")
 
 
 class _Totals:

@@ -89,6 +89,11 @@ class HFEngine:
         """What the loaded model is."""
         return self._model.info
 
+    @property
+    def loaded(self) -> LoadedModel:
+        """The loaded model itself, for what has to know its tokenizer or its limits."""
+        return self._model
+
     def generate(
         self,
         prompts: Sequence[Prompt],
