@@ -198,6 +198,7 @@ def made_cell(traits: dict[str, float], **changes: object) -> CellResult:
         "concept": "made",
         "configurations": [asdict(way) for way in ways],
         "roles": {"best": best, "by_position": names, "matched": best, "level": 60.0, "chosen": 2},
+        "validation": {"attacked": {"trait": 5.0}},
         "cohens_d": {"logistic-response_mean": [1.0, 5.0, 4.0]},
         "capabilities": [{"condition": at, "choice": 50.0 + 10 * at} for at in range(6)],
     }
@@ -227,11 +228,17 @@ def test_a_claim_that_fails_is_said_to_fail(failing: str, traits: dict[str, floa
         assert set(tallies.values()) == {(2, 2)}
 
 
+def test_methods_are_not_compared_where_one_does_nothing() -> None:
+    weak = {"best": {}, "by_position": {}, "matched": {"swfc": 0, "sttp": 2, "stmp": 4}, "level": 24.0, "chosen": None}
+    (claim,) = [item for item in claims_of([made_cell({}, roles=weak)]) if item.name == "perturbation"]
+    assert claim.tally == (0, 0)
+    assert "from 5 to 24 only" in claim.findings[0].detail
+
+
 def test_what_was_not_measured_is_not_said_to_fail() -> None:
     roles = {"best": {}, "by_position": {}, "matched": {}, "level": math.nan, "chosen": None}
     tallies = {claim.name: claim.tally for claim in claims_of([made_cell({}, roles=roles)])}
     assert tallies.pop("recovery") == (0, 1)  # no method has a coherent point: none of them recovers the trait
-    assert tallies.pop("repetition") == (1, 1)
     assert set(tallies.values()) == {(0, 0)}
 
 

@@ -36,6 +36,8 @@ from steerwell.studies.defence import (
     edits_of,
     prefilled,
 )
+from steerwell.studies.fitting import PAPER_SAMPLING
+from steerwell.studies.judging import CACHE, judge_for
 from steerwell.studies.roles import roles_of
 from steerwell.studies.sweep import Say, Sweep, SweepResult
 from steerwell.studies.trials import Task, Trials
@@ -103,10 +105,18 @@ class _Running:
         self.say: Say = lambda text, count: say(f"{cell.title}: {text}", count)
         self.concept = concept_for(cell, engine)
         self.sampling = Sampling(self.config.temperature, max_new_tokens=self.config.max_new_tokens)
+        self.fitting = replace(PAPER_SAMPLING, max_new_tokens=self.config.fitting_tokens)
 
     def run(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.judge = self._judge() if self.given is None else self.given
+        self.judge = self.given or judge_for(
+            self.config.judge,
+            self.concept,
+            self.engine,
+            replace(PAPER_SAMPLING, max_new_tokens=self.config.max_new_tokens),
+            self.folder,
+            self.say,
+        )
         result = self._sweep()
         self.ways, self.roles = result.configurations, roles_of(result)
         used = self.roles.all
@@ -148,38 +158,14 @@ class _Running:
             config.test,
             search=config.sweep.search,
             sampling=self.sampling,
-            fitting=self._fitting,
+            fitting=self.fitting,
         )
         return work.run(self.engine, self.judge, self.folder, rows_per_unit=config.batch_size, say=self.say)
-
-    @property
-    def _fitting(self) -> Sampling:
-        return Sampling(0.6, 0.9, self.config.fitting_tokens)
 
     @cached_property
     def _directions(self) -> dict[Any, Direction]:
         wanted = dict.fromkeys(self.ways[at].reading for at in self.roles.all)
         return {key: load_direction(self.folder / "directions" / "-".join(key)) for key in wanted}
-
-    def _judge(self) -> Judge:
-        settings = self.config.judge
-        if settings.kind == "llm":
-            from steerwell.scoring.judges.llm import LLMJudge
-
-            return LLMJudge(settings.model, settings.url, mode=settings.mode, cache=self.folder / "judge.sqlite")
-        if settings.kind == "classifier":
-            return self._classifier()
-        if self.concept.language != "testbed":
-            raise ArgumentError(
-                "judge.kind: got 'exact', which knows the bundled model's world only; give 'llm' with the 'model' and "
-                "'url' of an endpoint, or 'classifier'"
-            )
-        from steerwell.scoring.judges.exact import ExactJudge
-
-        return ExactJudge()
-
-    def _classifier(self) -> Judge:
-        raise NotImplementedError
 
     # What is asked ---------------------------------------------------------------------------------------------------
 
@@ -313,7 +299,7 @@ class _Running:
         judge = self.config.judge
         if judge.kind != "llm":
             return None
-        return LLMComparer(self.concept, judge.model, judge.url, cache=self.folder / "judge.sqlite")
+        return LLMComparer(self.concept, judge.model, judge.url, cache=self.folder / CACHE)
 
     # What is written -------------------------------------------------------------------------------------------------
 

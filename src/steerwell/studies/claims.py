@@ -18,6 +18,7 @@ from steerwell.studies.results import CellResult, Condition
 from steerwell.studies.roles import PAPER_METHODS
 
 SELECTIVE = ("sttp", "stmp")
+LEAST_RAISED = 20.0  # points of trait under which "equal" would mean equally useless
 MISSING = "nothing coherent enough on validation"
 
 
@@ -91,8 +92,8 @@ def recovers(cell: CellResult) -> Verdict:
 
 def keeps_more(cell: CellResult) -> Verdict:
     """At about equal trait StTP and StMP keep more coherence than SwFC, and no less capability."""
-    if not cell.matched:
-        return None, "no validation trait that all three reach"
+    if (why := _not_comparable(cell)) is not None:
+        return None, why
     swfc = cell.matched["swfc"]
     told = [f"at validation trait {cell.about['roles']['level']:.0f}: swfc {_kept(cell, swfc)}"]
     holds = []
@@ -125,6 +126,8 @@ def all_beats_response(cell: CellResult) -> Verdict:
 
 def repeats_more(cell: CellResult) -> Verdict:
     """Over the turns of a conversation SwFC repeats itself more than StTP and StMP, matched at equal trait."""
+    if (why := _not_comparable(cell)) is not None:
+        return None, why
     shares = {method: _repetition(cell, f"{method}, matched") for method in PAPER_METHODS}
     if not all(len(values) for values in shares.values()):
         return None, "no conversations"
@@ -155,8 +158,8 @@ def steers_elsewhere(cell: CellResult) -> Verdict:
 
 def perturbs_less(cell: CellResult) -> Verdict:
     """At about equal trait StTP and StMP move the residual stream less than SwFC, over all tokens."""
-    if not cell.matched:
-        return None, "no validation trait that all three reach"
+    if (why := _not_comparable(cell)) is not None:
+        return None, why
     told, holds = [], []
     for task in ("attacked", "unattacked"):
         moved = {method: cell.mean(task, at, "perturbation_all") for method, at in cell.matched.items()}
@@ -205,6 +208,16 @@ _CLAIMS: tuple[tuple[str, str, str, Callable[[CellResult], Verdict]], ...] = (
         perturbs_less,
     ),
 )
+
+
+def _not_comparable(cell: CellResult) -> str | None:
+    """Why the three methods cannot be compared at equal trait; None: they can."""
+    if not cell.matched:
+        return "no validation trait that all three reach"
+    level, attacked = cell.about["roles"]["level"], cell.about["validation"]["attacked"]["trait"]
+    if level - attacked < LEAST_RAISED:
+        return f"the weakest method raises validation trait from {attacked:.0f} to {level:.0f} only"
+    return None
 
 
 def _paired(cell: CellResult, task: str, one: Condition, other: Condition, measure: str) -> Interval:
