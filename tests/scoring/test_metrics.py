@@ -43,6 +43,7 @@ NEEDS = {  # measure -> fields of the reference that it cannot do without
     "length": set(),
     "perturbation": {"receipts"},
     "perturbation_all": {"receipts"},
+    "refusal": set(),
     "repetition": set(),
     "similarity": {"baseline"},
     "target_distance": {"receipts", "edits"},

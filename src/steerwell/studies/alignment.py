@@ -244,7 +244,12 @@ class _Running:
 
         def talk(items: Sequence[int]) -> list[Row]:
             grown = converse(
-                self.engine, ScriptedUsers(scenarios), [begun[at] for at in items], settings.turns, sampling
+                self.engine,
+                ScriptedUsers(scenarios),
+                [begun[at] for at in items],
+                settings.turns,
+                sampling,
+                history=settings.history,
             )
             rows = turn_rows(self.judge, self.concept, grown, settings.turns)
             return [{"turns": rows[at : at + settings.turns]} for at in range(0, len(rows), settings.turns)]

@@ -99,10 +99,14 @@ class SweepSettings(Settings):
 
 
 class Conversations(Settings):
-    """Scripted conversations under attack: how many, and of how many turns."""
+    """Scripted conversations under attack: how many, of how many turns, and how much of them the model still sees.
+
+    `history` counts the earlier exchanges that stay in the prompt; without it all do.
+    """
 
     count: Count = 16
     turns: Annotated[int, Field(ge=2)] = 10
+    history: Annotated[int | None, Field(ge=0)] = None
     max_new_tokens: Count = 64
 
 

@@ -1,15 +1,17 @@
 """Automatic search: an operating point for a fraction of the full grid's answers (ours; the paper's future work).
 
-Successive halving (Jamieson and Talwalkar 2016, arXiv 1502.07943): every configuration answers a few scenarios, the
-better ones answer more, and only a handful answers all. Groups (methods, say) are halved apart, so that each keeps a
-candidate.
+First the screen, which generates nothing: how likely does a steered model under attack find the answers that it gave
+unsteered and not attacked? Steering that does nothing and steering that breaks the text both find them unlikely. Then
+successive halving (Jamieson and Talwalkar 2016, arXiv 1502.07943): those that passed answer a few scenarios, the better
+ones answer all. Groups (methods, say) compete apart, so that each keeps a candidate.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from steerwell.core.errors import ArgumentError
 from steerwell.studies.defence import COHERENCE_FLOOR, Configuration, Scored, by_method, grouped
@@ -25,7 +27,9 @@ class Rung:
     halving: int
 
 
-RUNGS = (Rung(1 / 12, 8), Rung(1 / 3, 4), Rung(1, 1))
+SCREEN = 8  # 1 in so many of each group passes the screen, by the likelihood of ...
+SCREEN_SCENARIOS = 8  # ... the answers to the first so many scenarios
+RUNGS = (Rung(1 / 4, 4), Rung(1, 1))
 INCOHERENCE = 2.0  # points of trait that a point of coherence under the floor costs while few scenarios are known
 
 
@@ -35,6 +39,7 @@ def successive_halving(
     measure: Measure,
     rungs: Sequence[Rung] = RUNGS,
     group: Callable[[Configuration], Hashable] = by_method,
+    among: Sequence[int] | None = None,
 ) -> list[int]:
     """Indices of the configurations that came through, all measured on every scenario.
 
@@ -45,6 +50,7 @@ def successive_halving(
             scenarios.
         rungs: the schedule; the last rung's share is 1.
         group: which configurations compete.
+        among: indices to begin with; None: all.
 
     Raises:
         ArgumentError: a schedule whose shares do not rise to 1.
@@ -52,14 +58,24 @@ def successive_halving(
     shares = [rung.share for rung in rungs]
     if not shares or shares[-1] != 1 or shares != sorted(shares) or shares[0] <= 0:
         raise ArgumentError(f"rungs: got shares {shares}; they rise from above 0 to 1")
-    alive = list(range(len(configurations)))
+    alive = list(range(len(configurations)) if among is None else among)
     for rung in rungs:
         scores, baseline = measure(alive, max(1, round(rung.share * scenarios)))
         merits = {index: _merit(score, baseline) for index, score in zip(alive, scores, strict=True)}
-        ranked = sorted(alive, key=lambda index: merits[index], reverse=True)
-        rivals = grouped(ranked, lambda index: group(configurations[index]))
-        alive = sorted(index for found in rivals.values() for index in found[: math.ceil(len(found) / rung.halving)])
+        alive = better_part(configurations, merits, rung.halving, group)
     return alive
+
+
+def better_part(
+    configurations: Sequence[Configuration],
+    merits: Mapping[int, Any],
+    part: int,
+    group: Callable[[Configuration], Hashable] = by_method,
+) -> list[int]:
+    """1 in `part` of each group, rounded up: the indices with the highest merits; ties go to the earlier one."""
+    ranked = sorted(merits, key=lambda index: merits[index], reverse=True)
+    rivals = grouped(ranked, lambda index: group(configurations[index]))
+    return sorted(index for found in rivals.values() for index in found[: math.ceil(len(found) / part)])
 
 
 def _merit(score: Scored, baseline: Scored) -> tuple[float, float]:

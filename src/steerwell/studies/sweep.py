@@ -1,7 +1,8 @@
 """The sweep: every way to steer tried on validation scenarios under attack, the best one reported on test scenarios.
 
-What it leaves in its folder: the fitted directions, a ledger and a table of every answer (`answers.parquet`), a heat
-map of layers and strengths, and the operating point as a policy that everything else reads (METHODS section 4).
+What it leaves in its folder: the fitted directions, a ledger, a table of every answer (`answers.parquet`) and one of
+every condition's means (`configurations.parquet`), a heat map of layers and strengths, and the operating point as a
+policy that everything else reads (METHODS section 4).
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from steerwell.studies.defence import (
 )
 from steerwell.studies.fitting import PAPER_SAMPLING, Progress, contrast
 from steerwell.studies.plots import heat_map
-from steerwell.studies.search import successive_halving
+from steerwell.studies.search import RUNGS, SCREEN, SCREEN_SCENARIOS, better_part, successive_halving
 
 GREEDY = Sampling(max_new_tokens=256)
 Say = Callable[[str, int], Progress]
@@ -96,7 +97,9 @@ class SweepResult:
         tried: steered under the validation attacks, by index; a search leaves out what it gave up.
         best: for every method the index of its operating point; methods without a coherent one are missing.
         chosen: index of the operating point of all; None where nothing is coherent enough.
-        answers: answers on validation scenarios that it took, and their tokens.
+        answers: answers on validation scenarios that it took: generated and judged.
+        tokens: of these answers.
+        scored: tokens that a search only read, to see how likely they are.
         test: on test scenarios, by (configuration index or None for unsteered, attacked or not).
         policy: the policy file; None where nothing is coherent enough.
     """
@@ -107,6 +110,7 @@ class SweepResult:
     tried: Mapping[int, Scores]
     answers: int
     tokens: int
+    scored: int
     best: Mapping[str, int]
     chosen: int | None
     test: Mapping[Condition, Scores]
@@ -124,7 +128,8 @@ class Sweep:
         test: test scenarios to report on; None: all.
         threat: `system`: malicious system prompts; `prefill`: neutral ones, and the first words of what the model says
             under malicious ones put into its mouth.
-        search: `grid` answers every validation scenario in every way; `auto` gives up on ways as it learns.
+        search: `grid` answers every validation scenario in every way; `auto` gives up on ways as it learns, see
+            `steerwell.studies.search`.
         sampling: how answers are drawn; scenario i has seed + i under every configuration.
         fitting: how the contrastive answers are drawn that directions are fitted on.
     """
@@ -165,7 +170,7 @@ class _Running:
                 raise UnknownNameError(kind, name, get_args(known))
         self.sweep, self.engine, self.judge = sweep, engine, judge
         self.folder, self.size, self.say = folder, size, say
-        self.phases = 0
+        self.phases = self.scored = 0
         self.rows: dict[tuple[EvaluationSplit, int | None, bool, int], Row] = {}
         limits: dict[EvaluationSplit, int | None] = {"validation": sweep.validation, "test": sweep.test}
         self.prompts: dict[tuple[EvaluationSplit, bool], list[Prompt]] = {
@@ -199,7 +204,7 @@ class _Running:
         steered = dict(zip(left, scores, strict=True))
         heat_map(tried, steered, baseline, found[None, True], chosen, self.folder / "heatmap.png")
         return SweepResult(
-            tried, baseline, found[None, True], steered, len(spent), sum(spent), best, chosen, test, policy
+            tried, baseline, found[None, True], steered, len(spent), sum(spent), self.scored, best, chosen, test, policy
         )
 
     def _prefill(self, split: EvaluationSplit) -> None:
@@ -222,7 +227,33 @@ class _Running:
             found = self._measure("validation", [(None, False), *((index, True) for index in indices)], first)
             return [found[index, True] for index in indices], found[None, False]
 
-        return successive_halving(self.sweep.configurations, count, measure)
+        ways = self.sweep.configurations
+        passed = better_part(ways, self._likelihoods(min(SCREEN_SCENARIOS, count)), SCREEN)
+        return successive_halving(ways, count, measure, among=passed)
+
+    def _likelihoods(self, count: int) -> dict[int, float]:
+        """How likely every configuration under attack finds the unsteered, unattacked answers to the first scenarios.
+
+        Nothing is generated: the mean over answers of the mean log-probability of their tokens, nats. Empty answers are
+        left out; -inf without any other.
+        """
+        said = {at: self.rows["validation", None, False, at]["token_ids"] for at in range(count)}
+        items = [[index, at] for index in range(len(self.edits)) for at, tokens in said.items() if tokens]
+
+        def read(part: Sequence[Any]) -> list[Row]:
+            prompts = [self.prompts["validation", True][at] for _, at in part]
+            scores = self.engine.score(prompts, [said[at] for _, at in part], [self.edits[index] for index, _ in part])
+            return [{"configuration": index, "scenario": at, "logprob": float(np.mean(score.logprobs))}
+                    for (index, at), score in zip(part, scores, strict=True)]  # fmt: skip
+
+        units = plan("likelihood", items, self.size, lambda item: (-len(said[item[1]]), *item))
+        execute(self.ledger, units, read, self.say("answers to read, validation", len(items)))
+        self.scored = sum(len(said[at]) for _, at in items)
+        found: dict[int, list[float]] = {index: [] for index in range(len(self.edits))}
+        for row in self.ledger.rows("likelihood"):
+            found[row["configuration"]].append(row["logprob"])
+        merits = {index: float(np.mean(values or [math.nan])) for index, values in found.items()}
+        return {index: merit if math.isfinite(merit) else -math.inf for index, merit in merits.items()}
 
     def _about(self) -> dict[str, Any]:
         sweep = self.sweep
@@ -235,6 +266,7 @@ class _Running:
             "test": sweep.test,
             "threat": sweep.threat,
             "search": sweep.search,
+            "schedule": [SCREEN, SCREEN_SCENARIOS, *map(asdict, RUNGS)] if sweep.search == "auto" else None,
             "sampling": asdict(sweep.sampling),
             "fitting": asdict(sweep.fitting),
             "judge": self.judge.name,
@@ -321,24 +353,48 @@ class _Running:
         return self.folder / "policy.yaml"
 
     def _write_tables(self) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+        def ways(index: int | None) -> Row:
+            return {} if index is None else asdict(self.sweep.configurations[index])
 
-        rows = [
-            {
-                "split": split,
-                "prompt": prompt.messages[-1].content,
-                "system": _system(prompt),
-                "prefill": prompt.prefill,
-            }
-            | ({} if row["configuration"] is None else asdict(self.sweep.configurations[row["configuration"]]))
-            | row
-            for (split, _, attacked, scenario), row in self.rows.items()
-            for prompt in [self.prompts[split, attacked][scenario]]
+        answers, conditions = [], dict[tuple[EvaluationSplit, bool, int | None], list[Row]]()
+        for (split, index, attacked, scenario), row in self.rows.items():
+            prompt = self.prompts[split, attacked][scenario]
+            asked = {"prompt": prompt.messages[-1].content, "system": _system(prompt), "prefill": prompt.prefill}
+            answers.append({"split": split} | asked | ways(index) | row)
+            answers[-1].pop("token_ids", None)
+            conditions.setdefault((split, attacked, index), []).append(row)
+        order = sorted(conditions, key=lambda key: (key[0] == "test", key[1], -1 if key[2] is None else key[2]))
+        summaries = [
+            {"split": split, "attacked": attacked, "configuration": index}
+            | ways(index)
+            | _summary(conditions[split, attacked, index])
+            for split, attacked, index in order
         ]
-        names = list(dict.fromkeys(name for row in rows for name in row))
-        pq.write_table(pa.Table.from_pylist([{name: row.get(name) for name in names} for row in rows]),
-                       self.folder / "answers.parquet")  # fmt: skip
+        _write_table(answers, self.folder / "answers.parquet")
+        _write_table(summaries, self.folder / "configurations.parquet")
+
+
+def _write_table(rows: Sequence[Row], path: Path) -> None:
+    """A row without a column has null there."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    pq.write_table(pa.Table.from_pylist([{name: row.get(name) for name in names} for row in rows]), path)
+
+
+def _summary(rows: Sequence[Row]) -> Row:
+    """One condition's means over the answers that were scored; displacement over those with an edited token."""
+    traits = np.array([row["trait"] for row in rows], np.float64)
+    return {
+        "n": int(np.sum(~np.isnan(traits))),
+        "missing": int(np.sum(np.isnan(traits))),
+        "trait": mean_score(traits),
+        "coherence": mean_score([row["coherence"] for row in rows]),
+        "gate_rate": mean_score([row["gate_rate"] for row in rows]),
+        "perturbation": mean_score([row["perturbation"] for row in rows if row["gate_rate"] > 0]),
+        "tokens": sum(row["tokens"] for row in rows),
+    }
 
 
 def _system(prompt: Prompt) -> str:
@@ -361,4 +417,4 @@ def _row(item: Sequence[Any], answer: Response, verdict: Verdict) -> Row:
         "edit": None if receipt is None else receipt.edit_id,
         "gate_rate": 0.0 if receipt is None else receipt.gate_rate,
         "perturbation": 0.0 if receipt is None else receipt.perturbation,
-    }
+    } | ({} if attacked or index is not None else {"token_ids": list(answer.token_ids)})
