@@ -7,7 +7,7 @@ import sys
 import typer
 from rich.console import Console
 
-from steerwell.apps.cli import concepts, demo, fit, generate, inspect, study, sweep
+from steerwell.apps.cli import concepts, demo, fit, generate, inspect, report, study, sweep
 from steerwell.core.errors import SteerwellError
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app.command("inspect")(inspect.inspect)
 app.command("sweep")(sweep.sweep)
 app.command("generate")(generate.generate)
 app.add_typer(study.app, name="study")
+app.command("report")(report.report)
 
 
 @app.callback(invoke_without_command=True)
