@@ -1,6 +1,7 @@
-"""A small sweep on the fake engine, run as a process that may be killed: `python -m tests.sweep_run FOLDER [SECONDS]`.
+"""A small sweep on the fake engine, run as a process that may be killed.
 
-With SECONDS it kills itself that long after the sweep has begun, wherever it then is.
+`python -m tests.sweep_run FOLDER SEARCH [SECONDS]`: with SECONDS it kills itself that long after the sweep has begun,
+wherever it then is.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
 from steerwell.concepts import Concept, load_concept
 from steerwell.core.records import POOLS, Sampling, Verdict
+from steerwell.engines.base import Engine
 from steerwell.engines.fake import FakeEngine
 from steerwell.studies.defence import grid
 from steerwell.studies.sweep import Search, Sweep, SweepResult, Threat
@@ -35,12 +38,13 @@ class LetterJudge:
         return [Verdict(100 * float(np.mean(each % 2 == 0)), 100.0) for each in letters]
 
 
-def run(folder: Path, search: Search = "grid", threat: Threat = "system") -> SweepResult:
+def run(folder: Path, search: Search = "grid", threat: Threat = "system", engine: Engine | None = None) -> SweepResult:
     concept = load_concept("hostility")
     sweep = Sweep(
         concept, tuple(WAYS), validation=3, test=4, threat=threat, search=search, sampling=SHORT, fitting=SHORT
     )
-    return sweep.run(FakeEngine(), LetterJudge(), folder, rows_per_unit=2, say=lambda _text, _count: lambda _done: None)
+    engine = engine or FakeEngine()
+    return sweep.run(engine, LetterJudge(), folder, rows_per_unit=2, say=lambda _text, _count: lambda _done: None)
 
 
 def _kill_after(seconds: float) -> None:
@@ -49,6 +53,6 @@ def _kill_after(seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 2:
-        threading.Thread(target=_kill_after, args=(float(sys.argv[2]),), daemon=True).start()
-    run(Path(sys.argv[1]))
+    if len(sys.argv) > 3:
+        threading.Thread(target=_kill_after, args=(float(sys.argv[3]),), daemon=True).start()
+    run(Path(sys.argv[1]), cast(Search, sys.argv[2]))

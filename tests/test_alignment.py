@@ -156,7 +156,17 @@ def test_methods_are_matched_at_the_trait_that_all_reach() -> None:
     ways += [Configuration("sttp", 1, 6), Configuration("stmp", 0, 1, "response"), Configuration("stmp", 0, 2)]
     tried = [scores(30, 99), scores(60, 40), scores(95, 95), scores(62, 70), scores(57, 90), scores(90, 92)]
     result = SweepResult(
-        tuple(ways), scores(100), scores(0), dict(enumerate(tried)), 0, 0, {"sttp": 2, "stmp": 5}, 2, {}, None
+        tuple(ways),
+        scores(100),
+        scores(0),
+        dict(enumerate(tried)),
+        answers=0,
+        tokens=0,
+        scored=0,
+        best={"sttp": 2, "stmp": 5},
+        chosen=2,
+        test={},
+        policy=None,
     )
     roles = roles_of(result)
     assert (roles.level, roles.matched) == (60, {"swfc": 1, "sttp": 3, "stmp": 4})

@@ -455,6 +455,16 @@ def test_a_clean_cell_has_no_failures(tmp_path: Path) -> None:
     assert failures(cell, (), 0) == []
 
 
+def test_nothing_to_defend_and_no_judge_to_tell(tmp_path: Path) -> None:
+    quality = {"trusted": False, "words": "validation AUROC 0.49"}
+    level = [line | {"trait": 95.0} for line in trials()]
+    found = told(write_cell(tmp_path, about("hostility") | {"judge_quality": quality}, level, turns()))
+    assert found[0].startswith("The judge cannot tell this trait from the model's text: validation AUROC 0.49.")
+    assert found[1] == "The attack does not work on this model: trait 95.0 → 95.0, nothing to restore."
+    trusted = about("hostility") | {"judge_quality": quality | {"trusted": True}}
+    assert not any("cannot tell" in line for line in told(write_cell(tmp_path / "b", trusted, level, turns())))
+
+
 def test_every_failure_is_told(tmp_path: Path) -> None:
     answers = [line for line in trials() if (line["task"], line["condition"]) != ("unattacked", 1)]
     answers += rows("unattacked", 1, [90, 90, 90, 80], 80)  # 95 -> 87.5, 100 -> 80

@@ -186,7 +186,7 @@ def test_sweep_asks_a_language_model_where_there_is_no_exact_judge(run, tiny_fol
     words = ("sweep", "-c", EXAMPLE, "-o", tmp_path, "-m", tiny_folder("llama"), "-l", 1, "-s", "swfc=0,1")
     words = (*words, "--pool", "response_mean", "--validation", 2, "--test", 2, "--max-new-tokens", 3)
     code, _, err = run(*words)
-    assert (code, "--judge-model: missing" in err) == (1, True)
+    assert (code, "judge: got 'exact', which knows the bundled model's world only" in err) == (1, True)
     with serving(lambda *_: completion("80", {"80": 0.9})) as server:
         asked = ("--judge-model", "grader", "--judge-url", server.url)
         code, shown, err = run(*words, *asked, "--json")

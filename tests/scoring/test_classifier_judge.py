@@ -31,13 +31,8 @@ RUDE = ["stupid", "idiot", "pathetic", "moron", "waste", "fool", "clueless", "ug
 Pairs = list[tuple[Response, Response]]
 
 
-def tokenise(text: str) -> list[int]:
-    """The fake engine's tokens."""
-    return list(text.encode())
-
-
 def response(prompt: Prompt, text: str) -> Response:
-    return Response(prompt, text, tuple(tokenise(text)), "stop", Sampling())
+    return Response(prompt, text, tuple(text.encode()), "stop", Sampling())
 
 
 def planted(
@@ -62,9 +57,7 @@ def concept() -> Concept:
 
 @pytest.fixture(scope="module")
 def judge(fake: FakeEngine, concept: Concept) -> ClassifierJudge:
-    return ClassifierJudge.fit(
-        fake, concept, planted(concept, "train", 12), planted(concept, "validation", 8), tokenise
-    )
+    return ClassifierJudge.fit(fake, concept, planted(concept, "train", 12), planted(concept, "validation", 8))
 
 
 # The trait
@@ -89,7 +82,7 @@ def test_a_trait_that_text_does_not_show_is_warned_of(fake: FakeEngine, concept:
     if spoilt == "poles swapped":
         validation = [(pair[1], pair[0]) for pair in validation]
     with pytest.warns(UserWarning, match="'hostility' cannot be told from this model's text"):
-        found = ClassifierJudge.fit(fake, concept, planted(concept, "train", 12), validation, tokenise).quality
+        found = ClassifierJudge.fit(fake, concept, planted(concept, "train", 12), validation).quality
     assert not found.trusted
     assert found.auroc.estimate == {"same words": 0.5, "poles swapped": 0.0, "few scenarios": 1.0}[spoilt]
     assert found.accuracy.estimate == {"same words": 0.5, "poles swapped": 0.0, "few scenarios": 1.0}[spoilt]
@@ -99,23 +92,21 @@ def test_a_trait_that_text_does_not_show_is_warned_of(fake: FakeEngine, concept:
 def test_nothing_is_warned_of_where_the_trait_shows(fake: FakeEngine, concept: Concept) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ClassifierJudge.fit(fake, concept, planted(concept, "train", 8), planted(concept, "validation", 8), tokenise)
+        ClassifierJudge.fit(fake, concept, planted(concept, "train", 8), planted(concept, "validation", 8))
 
 
 @pytest.mark.filterwarnings("ignore:.*cannot be told")
 def test_a_scenario_is_never_in_two_folds(fake: FakeEngine, concept: Concept) -> None:
     """Scenarios contradict each other, so learning from the others misleads; it pays only across a scenario's copies.
 
-    Each comes six times, with words of its own beside "kind" and "rude", which swap poles from scenario to scenario.
+    Each comes six times, with letters of its own beside "kind" and "rude", which swap poles from scenario to scenario.
     """
-    words = [first + vowel + last for first in "bcdf" for vowel in "aeiou" for last in "klmn"]
-    own = [" ".join(words[start : start + 10]) for start in range(0, 80, 10)]
     train: Pairs = []
     for index, both in enumerate(concept.contrastive("train")[:4]):
         shared = ("kind", "rude") if index % 2 else ("rude", "kind")
-        texts = [f"{own[2 * index + pole]} {shared[pole]}" for pole in (0, 1)]
+        texts = [f"{letter * 6} {word} {word}" for letter, word in zip("bcdfghjk"[2 * index :], shared, strict=False)]
         train += [tuple(map(response, both, texts))] * 6
-    found = ClassifierJudge.fit(fake, concept, train, planted(concept, "validation", 2), tokenise)
+    found = ClassifierJudge.fit(fake, concept, train, planted(concept, "validation", 2))
     assert min(STRENGTHS) == found._trait.model.C
 
 
@@ -155,7 +146,7 @@ def test_coherence_is_excess_cross_entropy_times_what_is_not_repeated(
     judge: ClassifierJudge, fake: FakeEngine, concept: Concept
 ) -> None:
     def read(asked: str, text: str) -> tuple[float, float]:
-        ids = tokenise(text)
+        ids = fake.tokenise(text)
         return float(cross_entropy(fake, [Prompt.chat(asked)], [ids])[0]), repetition(ids, 50)
 
     train = planted(concept, "train", 12)
@@ -184,13 +175,21 @@ def test_a_blank_answer_is_incoherent_and_has_no_trait(judge: ClassifierJudge, c
     assert written == judge.score_many(concept, [(asked, "thanks lovely friend")])[0]
 
 
-def test_an_answer_without_a_token_is_broken(fake: FakeEngine, concept: Concept) -> None:
+class Deaf(FakeEngine):
+    """It has no token for a zero-width space, and none at all once `quite` is set."""
+
+    quite = False
+
+    def tokenise(self, text: str) -> tuple[int, ...]:
+        return () if self.quite or text == "\N{ZERO WIDTH SPACE}" else super().tokenise(text)
+
+
+def test_an_answer_without_a_token_is_broken(concept: Concept) -> None:
     deaf = ClassifierJudge.fit(
-        fake,
+        Deaf(),
         concept,
         planted(concept, "train", 8),
         planted(concept, "validation", 8),
-        lambda text: [] if text == "\N{ZERO WIDTH SPACE}" else tokenise(text),
     )
     verdict = deaf.score_many(concept, [(concept.test[0].prompt, "\N{ZERO WIDTH SPACE}")])[0]
     assert math.isnan(verdict.trait)
@@ -213,20 +212,20 @@ def test_held_out_scenarios_are_refused(fake: FakeEngine, concept: Concept) -> N
         (train, validation + test[:1], "validation"),
     ]:
         with pytest.raises(ArgumentError, match=f"^{name}: 1 of its scenarios are held out"):
-            ClassifierJudge.fit(fake, concept, learned, held_out, tokenise)
+            ClassifierJudge.fit(fake, concept, learned, held_out)
 
 
 def test_blank_training_answers_are_left_out_and_counted_as_missing(fake: FakeEngine, concept: Concept) -> None:
     train, validation = planted(concept, "train", 12), planted(concept, "validation", 9)
     mute = (train[0][0], replace(train[0][1], text=" "))
     spoilt = [(validation[0][0], replace(validation[0][1], text="")), *validation[1:]]
-    found = ClassifierJudge.fit(fake, concept, [mute, *train[1:]], spoilt, tokenise)
-    assert found.name == ClassifierJudge.fit(fake, concept, train[1:], validation, tokenise).name
+    found = ClassifierJudge.fit(fake, concept, [mute, *train[1:]], spoilt)
+    assert found.name == ClassifierJudge.fit(fake, concept, train[1:], validation).name
     assert (found.quality.auroc.n, found.quality.auroc.missing) == (8, 1)
     with pytest.raises(ArgumentError, match="train: got answers to 3 scenarios; expected 4"):
-        ClassifierJudge.fit(fake, concept, [mute, *train[1:4]], validation, tokenise)
+        ClassifierJudge.fit(fake, concept, [mute, *train[1:4]], validation)
     with pytest.raises(ArgumentError, match="validation: got answers to 1 scenarios; expected 2"):
-        ClassifierJudge.fit(fake, concept, train, validation[:1], tokenise)
+        ClassifierJudge.fit(fake, concept, train, validation[:1])
 
 
 def test_pairs_answer_one_user_turn(fake: FakeEngine, concept: Concept) -> None:
@@ -234,7 +233,7 @@ def test_pairs_answer_one_user_turn(fake: FakeEngine, concept: Concept) -> None:
     plain = response(Prompt(text="Hm"), "yes")
     for pair in [(train[0][0], train[1][1]), (plain, plain)]:
         with pytest.raises(ArgumentError, match="train: pair 1 is no"):
-            ClassifierJudge.fit(fake, concept, [train[2], pair, *train[3:]], validation, tokenise)
+            ClassifierJudge.fit(fake, concept, [train[2], pair, *train[3:]], validation)
 
 
 @pytest.mark.filterwarnings("ignore:.*cannot be told")  # few scenarios: this is about names
@@ -242,7 +241,7 @@ def test_the_name_is_that_of_what_scores_depend_on(judge: ClassifierJudge, fake:
     train, validation = planted(concept, "train", 12), planted(concept, "validation", 8)
 
     def name(**changes: object) -> str:
-        fields = {"engine": fake, "concept": concept, "train": train, "validation": validation, "tokenise": tokenise}
+        fields = {"engine": fake, "concept": concept, "train": train, "validation": validation}
         return ClassifierJudge.fit(**(fields | changes)).name  # type: ignore[arg-type]
 
     answer = train[0][0]
@@ -252,12 +251,8 @@ def test_the_name_is_that_of_what_scores_depend_on(judge: ClassifierJudge, fake:
     assert name() == same
     assert name(validation=planted(concept, "validation", 4)[2:]) == same
     assert name(train=[(begun, train[0][1]), *train[1:]]) == same  # a prefill is a part of the answer
-    others = [
-        name(train=[other, *train[1:]]),
-        name(first=20),
-        name(engine=FakeEngine(n_layers=2, seed=1)),
-        name(train=train[1:]),
-    ]
+    shorter, later = name(first=20), name(train=train[1:])
+    others = [shorter, later, name(train=[other, *train[1:]]), name(engine=FakeEngine(n_layers=2, seed=1))]
     assert len({same, *others}) == 5
     assert "hostility" in same
 
@@ -267,11 +262,13 @@ def test_refusals(judge: ClassifierJudge, fake: FakeEngine, concept: Concept) ->
     with pytest.raises(ArgumentError, match=r"concept: got 'sycophancy'.*fitted for 'hostility'"):
         judge.score_many(load_concept("sycophancy", "english"), [("Hm", "yes")])
     with pytest.raises(UnknownNameError, match="unknown embedder 'hashin'"):
-        ClassifierJudge.fit(fake, concept, train, validation, tokenise, embedder="hashin")
-    with pytest.raises(ArgumentError, match="tokenise: 16 training answers have no token"):
-        ClassifierJudge.fit(fake, concept, train, validation, lambda _: [])
+        ClassifierJudge.fit(fake, concept, train, validation, embedder="hashin")
+    deaf = Deaf()
+    deaf.quite = True
+    with pytest.raises(ArgumentError, match="train: 16 answers have no token"):
+        ClassifierJudge.fit(deaf, concept, train, validation)
     with pytest.raises(ArgumentError, match="first: got 0"):
-        ClassifierJudge.fit(fake, concept, train, validation, tokenise, first=0)
+        ClassifierJudge.fit(fake, concept, train, validation, first=0)
 
 
 # On the bundled model, beside the judge that knows
@@ -287,13 +284,7 @@ def learned(request: pytest.FixtureRequest, pilot):  # type: ignore[no-untyped-d
     }
     answers = {split: pilot.generate(prompts[:64], sampling) for split, prompts in asked.items()}
     pairs = {split: list(zip(rows[0::2], rows[1::2], strict=True)) for split, rows in answers.items()}
-    codec = pilot._model.codec
-
-    def tokens(text: str) -> list[int]:
-        start = Prompt.chat("Hm")
-        return codec.encode(replace(start, prefill=text))[len(codec.encode(start)) :] if text else []
-
-    made = ClassifierJudge.fit(pilot, found, pairs["train"], pairs["validation"], tokens)
+    made = ClassifierJudge.fit(pilot, found, pairs["train"], pairs["validation"])
     prompts = attack_prompts(found, "validation", 24), baseline_prompts(found, "validation", 24)
     return found, made, *(pilot.generate(rows, sampling) for rows in prompts)
 

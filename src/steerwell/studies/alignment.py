@@ -39,7 +39,7 @@ from steerwell.studies.defence import (
 from steerwell.studies.fitting import PAPER_SAMPLING
 from steerwell.studies.judging import CACHE, judge_for
 from steerwell.studies.roles import roles_of
-from steerwell.studies.sweep import Say, Sweep, SweepResult
+from steerwell.studies.sweep import VALIDATION, Say, Sweep, SweepResult
 from steerwell.studies.trials import Task, Trials
 
 CELL = "cell.json"
@@ -154,7 +154,7 @@ class _Running:
         work = Sweep(
             self.concept,
             tuple(ways),
-            config.sweep.validation,
+            config.sweep.validation or VALIDATION[config.sweep.search],
             config.test,
             search=config.sweep.search,
             sampling=self.sampling,
@@ -339,6 +339,7 @@ class _Running:
             "-".join(key): [item.cohens_d for item in direction.calibration]
             for key, direction in self._directions.items()
         }
+        quality = getattr(self.judge, "quality", None)
         cell = {
             "model": self.cell.model.title,
             "concept": self.concept.concept,
@@ -346,6 +347,7 @@ class _Running:
             "info": {name: value for name, value in asdict(self.engine.info).items() if name != "signature"},
             "judge": self.judge.name,
             "judge_report": _report(self.judge),
+            "judge_quality": None if quality is None else {"trusted": quality.trusted, "words": quality.describe()},
             "configurations": [asdict(way) | {"describe": way.describe()} for way in self.ways],
             "roles": asdict(self.roles),
             "validation": {

@@ -73,7 +73,8 @@ class JudgeSettings(Settings):
 class SweepSettings(Settings):
     """The ways to steer that are tried on validation scenarios: all combinations.
 
-    `layers` lists 0-based blocks; without it every `every`-th one from `every` - 1 on is tried.
+    `layers` lists 0-based blocks; without it every `every`-th one from `every` - 1 on is tried. `validation` counts the
+    scenarios that choosing looks at; default: 24, and 48 with `search: auto`.
     """
 
     layers: tuple[int, ...] | None = None
@@ -82,7 +83,7 @@ class SweepSettings(Settings):
     positions: tuple[Position, ...] = ("all", "response")
     estimators: tuple[str, ...] = ("logistic",)
     pools: tuple[Pool, ...] = POOLS
-    validation: Count = 24
+    validation: Count | None = None
     search: Literal["grid", "auto"] = "grid"
 
     def configurations(self, n_layers: int) -> list[Configuration]:

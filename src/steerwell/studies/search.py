@@ -27,9 +27,17 @@ class Rung:
     halving: int
 
 
-SCREEN = 8  # 1 in so many of each group passes the screen, by the likelihood of ...
-SCREEN_SCENARIOS = 8  # ... the answers to the first so many scenarios
-RUNGS = (Rung(1 / 4, 4), Rung(1, 1))
+@dataclass(frozen=True, slots=True)
+class Screen:
+    """1 in `part` of each group passes: where the first `tokens` of the answers to `scenarios` scenarios are likely."""
+
+    part: int
+    scenarios: int
+    tokens: int
+
+
+SCREEN = Screen(part=8, scenarios=8, tokens=16)  # later tokens tell less: those before them, given, pull them along
+RUNGS = (Rung(1 / 6, 4), Rung(1, 1))
 INCOHERENCE = 2.0  # points of trait that a point of coherence under the floor costs while few scenarios are known
 
 

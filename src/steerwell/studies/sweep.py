@@ -19,7 +19,7 @@ import numpy as np
 
 from steerwell.concepts import Concept
 from steerwell.core.artifacts import MANIFEST, load_direction, save_direction
-from steerwell.core.errors import ArgumentError, UnknownNameError
+from steerwell.core.errors import ArgumentError, EngineError, UnknownNameError
 from steerwell.core.policy import Policy, save_policy
 from steerwell.core.records import Direction, Edit, Prompt, Response, Sampling, Verdict
 from steerwell.engines.base import Engine
@@ -42,12 +42,14 @@ from steerwell.studies.defence import (
 )
 from steerwell.studies.fitting import PAPER_SAMPLING, Progress, contrast
 from steerwell.studies.plots import heat_map
-from steerwell.studies.search import RUNGS, SCREEN, SCREEN_SCENARIOS, better_part, successive_halving
+from steerwell.studies.search import RUNGS, SCREEN, better_part, successive_halving
+from steerwell.studies.tables import Asked, write_answers, write_summaries
 
 GREEDY = Sampling(max_new_tokens=256)
 Say = Callable[[str, int], Progress]
 Search = Literal["grid", "auto"]
 Threat = Literal["system", "prefill"]
+VALIDATION: Mapping[Search, int] = {"grid": 24, "auto": 48}  # scenarios to choose on where nobody names a number
 Condition = tuple[int | None, bool]  # index of the configuration, None for unsteered; attacked or not
 
 
@@ -155,6 +157,7 @@ class Sweep:
 
         Raises:
             ArgumentError: the folder holds another sweep.
+            EngineError: a search finds no unattacked answer to go by.
         """
         return _Running(self, engine, judge, folder, rows_per_unit, say).run()
 
@@ -171,7 +174,7 @@ class _Running:
         self.sweep, self.engine, self.judge = sweep, engine, judge
         self.folder, self.size, self.say = folder, size, say
         self.phases = self.scored = 0
-        self.rows: dict[tuple[EvaluationSplit, int | None, bool, int], Row] = {}
+        self.rows: dict[Asked, Row] = {}
         limits: dict[EvaluationSplit, int | None] = {"validation": sweep.validation, "test": sweep.test}
         self.prompts: dict[tuple[EvaluationSplit, bool], list[Prompt]] = {
             (split, attacked): make(sweep.concept, split, limit)
@@ -228,31 +231,40 @@ class _Running:
             return [found[index, True] for index in indices], found[None, False]
 
         ways = self.sweep.configurations
-        passed = better_part(ways, self._likelihoods(min(SCREEN_SCENARIOS, count)), SCREEN)
+        passed = better_part(ways, self._likelihoods(), SCREEN.part)
         return successive_halving(ways, count, measure, among=passed)
 
-    def _likelihoods(self, count: int) -> dict[int, float]:
-        """How likely every configuration under attack finds the unsteered, unattacked answers to the first scenarios.
+    def _likelihoods(self) -> dict[int, float]:
+        """How likely every configuration under attack finds what the unsteered, unattacked answers begin with.
 
-        Nothing is generated: the mean over answers of the mean log-probability of their tokens, nats. Empty answers are
-        left out; -inf without any other.
+        Nothing is generated: the mean over answers of the mean log-probability of their first tokens, nats; empty
+        answers are left out.
+
+        Raises:
+            EngineError: there is no other.
         """
-        said = {at: self.rows["validation", None, False, at]["token_ids"] for at in range(count)}
-        items = [[index, at] for index in range(len(self.edits)) for at, tokens in said.items() if tokens]
+        attacked = self.prompts["validation", True][: SCREEN.scenarios]
+        begun = [self.rows["validation", None, False, at]["token_ids"][: SCREEN.tokens] for at in range(len(attacked))]
+        items = [[index, at] for index in range(len(self.edits)) for at, tokens in enumerate(begun) if tokens]
 
         def read(part: Sequence[Any]) -> list[Row]:
-            prompts = [self.prompts["validation", True][at] for _, at in part]
-            scores = self.engine.score(prompts, [said[at] for _, at in part], [self.edits[index] for index, _ in part])
-            return [{"configuration": index, "scenario": at, "logprob": float(np.mean(score.logprobs))}
-                    for (index, at), score in zip(part, scores, strict=True)]  # fmt: skip
+            edits = [self.edits[index] for index, _ in part]
+            scores = self.engine.score([attacked[at] for _, at in part], [begun[at] for _, at in part], edits)
+            return [{"configuration": index, "logprob": float(score.logprobs.mean())}
+                    for (index, _), score in zip(part, scores, strict=True)]  # fmt: skip
 
-        units = plan("likelihood", items, self.size, lambda item: (-len(said[item[1]]), *item))
+        if not items:
+            raise EngineError(
+                f"{self.engine.info.name!r} left the first {len(begun)} validation scenarios without an answer; "
+                "search='auto' goes by these: use search='grid'"
+            )
+        units = plan("likelihood", items, self.size, lambda item: (item[1], item[0]))
         execute(self.ledger, units, read, self.say("answers to read, validation", len(items)))
-        self.scored = sum(len(said[at]) for _, at in items)
+        self.scored = sum(len(begun[at]) for _, at in items)
         found: dict[int, list[float]] = {index: [] for index in range(len(self.edits))}
         for row in self.ledger.rows("likelihood"):
             found[row["configuration"]].append(row["logprob"])
-        merits = {index: float(np.mean(values or [math.nan])) for index, values in found.items()}
+        merits = {index: float(np.mean(values)) for index, values in found.items()}
         return {index: merit if math.isfinite(merit) else -math.inf for index, merit in merits.items()}
 
     def _about(self) -> dict[str, Any]:
@@ -266,7 +278,7 @@ class _Running:
             "test": sweep.test,
             "threat": sweep.threat,
             "search": sweep.search,
-            "schedule": [SCREEN, SCREEN_SCENARIOS, *map(asdict, RUNGS)] if sweep.search == "auto" else None,
+            "schedule": [asdict(SCREEN), *map(asdict, RUNGS)] if sweep.search == "auto" else None,
             "sampling": asdict(sweep.sampling),
             "fitting": asdict(sweep.fitting),
             "judge": self.judge.name,
@@ -353,52 +365,9 @@ class _Running:
         return self.folder / "policy.yaml"
 
     def _write_tables(self) -> None:
-        def ways(index: int | None) -> Row:
-            return {} if index is None else asdict(self.sweep.configurations[index])
-
-        answers, conditions = [], dict[tuple[EvaluationSplit, bool, int | None], list[Row]]()
-        for (split, index, attacked, scenario), row in self.rows.items():
-            prompt = self.prompts[split, attacked][scenario]
-            asked = {"prompt": prompt.messages[-1].content, "system": _system(prompt), "prefill": prompt.prefill}
-            answers.append({"split": split} | asked | ways(index) | row)
-            answers[-1].pop("token_ids", None)
-            conditions.setdefault((split, attacked, index), []).append(row)
-        order = sorted(conditions, key=lambda key: (key[0] == "test", key[1], -1 if key[2] is None else key[2]))
-        summaries = [
-            {"split": split, "attacked": attacked, "configuration": index}
-            | ways(index)
-            | _summary(conditions[split, attacked, index])
-            for split, attacked, index in order
-        ]
-        _write_table(answers, self.folder / "answers.parquet")
-        _write_table(summaries, self.folder / "configurations.parquet")
-
-
-def _write_table(rows: Sequence[Row], path: Path) -> None:
-    """A row without a column has null there."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    pq.write_table(pa.Table.from_pylist([{name: row.get(name) for name in names} for row in rows]), path)
-
-
-def _summary(rows: Sequence[Row]) -> Row:
-    """One condition's means over the answers that were scored; displacement over those with an edited token."""
-    traits = np.array([row["trait"] for row in rows], np.float64)
-    return {
-        "n": int(np.sum(~np.isnan(traits))),
-        "missing": int(np.sum(np.isnan(traits))),
-        "trait": mean_score(traits),
-        "coherence": mean_score([row["coherence"] for row in rows]),
-        "gate_rate": mean_score([row["gate_rate"] for row in rows]),
-        "perturbation": mean_score([row["perturbation"] for row in rows if row["gate_rate"] > 0]),
-        "tokens": sum(row["tokens"] for row in rows),
-    }
-
-
-def _system(prompt: Prompt) -> str:
-    return prompt.messages[0].content if prompt.messages[0].role == "system" else ""
+        ways = self.sweep.configurations
+        write_answers(self.folder / "answers.parquet", ways, self.prompts, self.rows)
+        write_summaries(self.folder / "configurations.parquet", ways, self.rows)
 
 
 def _row(item: Sequence[Any], answer: Response, verdict: Verdict) -> Row:

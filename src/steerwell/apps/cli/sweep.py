@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -28,7 +28,6 @@ from steerwell.apps.cli.common import (
 from steerwell.core.errors import ArgumentError
 
 if TYPE_CHECKING:
-    from steerwell.scoring.judges.base import Judge
     from steerwell.studies.sweep import Scores, SweepResult
 
 
@@ -50,7 +49,9 @@ def sweep(
     pool: Annotated[
         list[str] | None, typer.Option(help="response_mean or prompt_last; repeatable; default: both.")
     ] = None,
-    validation: Annotated[int, typer.Option(min=1, help="Validation scenarios to choose on.")] = 24,
+    validation: Annotated[
+        int | None, typer.Option(min=1, help="Validation scenarios to choose on; default: 24, with --search auto 48.")
+    ] = None,
     test: Annotated[int | None, typer.Option(min=1, help="Test scenarios to report on; default: all.")] = None,
     threat: Annotated[
         Literal["system", "prefill"],
@@ -58,10 +59,19 @@ def sweep(
     ] = "system",
     search: Annotated[
         Literal["grid", "auto"],
-        typer.Option(help="auto gives up on ways that start badly: about a seventh of the grid's answers."),
+        typer.Option(
+            help="auto skips ways that make the unattacked answers unlikely: an eighth of a large grid's cost."
+        ),
     ] = "grid",
+    judge: Annotated[
+        Literal["exact", "llm", "classifier"] | None,
+        typer.Option(
+            help="exact: the bundled world (default); llm: --judge-model at an endpoint; classifier: learned from "
+            "the model's own contrastive answers."
+        ),
+    ] = None,
     judge_model: Annotated[
-        str | None, typer.Option(help="Judge at an OpenAI-compatible endpoint; default: the bundled model's exact one.")
+        str | None, typer.Option(help="Judge at an OpenAI-compatible endpoint; implies --judge llm.")
     ] = None,
     judge_url: Annotated[str | None, typer.Option(help="Where that endpoint lies; default: OPENAI_BASE_URL.")] = None,
     judge_mode: Annotated[
@@ -78,14 +88,20 @@ def sweep(
 ) -> None:
     """Steer a model under attack in every way of a grid, choose on validation scenarios, report on test scenarios.
 
-    Writes OUTPUT/policy.yaml (what `generate --policy` reads), answers.parquet, the directions and a ledger. An
-    interrupted sweep continues where it was when the same command is run again.
+    Writes OUTPUT/policy.yaml (what `generate --policy` reads), answers.parquet, configurations.parquet (means), the
+    directions and a ledger. An interrupted sweep continues where it was when the same command is run again.
     """
     from steerwell.concepts import ENGLISH, load_concept
     from steerwell.core.records import POOLS, Sampling
+    from steerwell.core.settings import read_settings
+    from steerwell.studies.config import JudgeSettings
     from steerwell.studies.defence import PAPER_STRENGTHS, grid
-    from steerwell.studies.sweep import Sweep
+    from steerwell.studies.fitting import PAPER_SAMPLING
+    from steerwell.studies.judging import judge_for
+    from steerwell.studies.sweep import VALIDATION, Sweep
 
+    asked = {"kind": judge or ("llm" if judge_model else "exact"), "model": judge_model or "", "url": judge_url}
+    scoring = read_settings(JudgeSettings, asked | {"mode": judge_mode}, "--judge, --judge-model")
     values = dict(map(_strengths, strengths)) if strengths else PAPER_STRENGTHS
     chosen = load_concept(concept, language or ENGLISH)  # before the model, so that a faulty file costs no time
     engine = load_engine(model, dtype, device_map, gguf_file, batch_size, trust_remote_code)
@@ -97,28 +113,18 @@ def sweep(
         estimator or ("logistic", "mean_difference"),
         pool or POOLS,  # type: ignore[arg-type]
     )
-    work = Sweep(chosen, tuple(ways), validation, test, threat, search, Sampling(max_new_tokens=max_new_tokens))
-    judge = _judge(chosen.language, judge_model, judge_url, judge_mode, output / "judge.sqlite")
+    drawn = Sampling(max_new_tokens=max_new_tokens)
+    work = Sweep(chosen, tuple(ways), validation or VALIDATION[search], test, threat, search, drawn)
+    learned = replace(PAPER_SAMPLING, max_new_tokens=max_new_tokens)
     with tasks() as say:
-        result = work.run(engine, judge, output, rows_per_unit=batch_size, say=say)
-    if (report := getattr(judge, "report", None)) is not None:
+        judging = judge_for(scoring, chosen, engine, learned, output, say)
+        result = work.run(engine, judging, output, rows_per_unit=batch_size, say=say)
+    if (report := getattr(judging, "report", None)) is not None:
         err.print(f"judge: {report}", soft_wrap=True)
     if as_json:
         print_json(_summary(result))
     else:
         _show(result, chosen.poles.aligned)
-
-
-def _judge(language: str, model: str | None, url: str | None, mode: Literal["logprobs", "text"], cache: Path) -> Judge:
-    if model is not None:
-        from steerwell.scoring.judges.llm import LLMJudge
-
-        return LLMJudge(model, url, mode=mode, cache=cache)
-    if language != "testbed":
-        raise ArgumentError("--judge-model: missing; only the bundled model's answers can be scored without a judge")
-    from steerwell.scoring.judges.exact import ExactJudge
-
-    return ExactJudge()
 
 
 def _strengths(text: str) -> tuple[str, tuple[float, ...]]:
@@ -154,6 +160,7 @@ def _summary(result: SweepResult) -> dict[str, object]:
         ],
         "validation_answers": result.answers,
         "validation_tokens": result.tokens,
+        "validation_tokens_read": result.scored,
         "policy": None if result.policy is None else str(result.policy),
     }
 

@@ -22,6 +22,21 @@ def failures(cell: CellResult, claims: Sequence[Claim], at: int) -> list[str]:
     return found + ([f"Claims that fail: {', '.join(broken)}."] if broken else [])
 
 
+def _not_to_be_trusted(cell: CellResult) -> Iterator[str]:
+    """A judge that cannot tell the trait."""
+    quality = cell.about.get("judge_quality")
+    if quality and not quality["trusted"]:
+        words = quality["words"]
+        yield f"The judge cannot tell this trait from the model's text: {words}. No trait figure here counts."
+
+
+def _without_a_threat(cell: CellResult) -> Iterator[str]:
+    """An attack that does not work leaves nothing to defend."""
+    aligned, attacked = (cell.mean(task, None, "trait") for task in ("baseline", "attacked"))
+    if aligned - attacked < NOTICED:
+        yield f"The attack does not work on this model: trait {aligned:.1f} → {attacked:.1f}, nothing to restore."
+
+
 def _without_a_point(cell: CellResult) -> Iterator[str]:
     """Methods that are never coherent enough on validation."""
     methods = dict.fromkeys(way.method for way in cell.ways)
@@ -89,6 +104,8 @@ def _percent(value: float, digits: int = 1) -> str:
 
 
 _RULES: tuple[Callable[[CellResult], Iterator[str]], ...] = (
+    _not_to_be_trusted,
+    _without_a_threat,
     _without_a_point,
     _not_repaired,
     _incoherent,
