@@ -26,7 +26,7 @@ from steerwell.core.records import POOLS
 from steerwell.engines.hf import HFEngine
 from steerwell.scoring.intervals import Bootstrap, Interval
 from steerwell.scoring.judges.exact import ExactJudge
-from steerwell.studies.defence import grid
+from steerwell.studies.defence import COHERENCE_FLOOR, grid
 from steerwell.studies.search import RUNGS, SCREEN
 from steerwell.studies.sweep import VALIDATION, Search, Sweep, SweepResult
 
@@ -141,7 +141,17 @@ def report(rows: Sequence[Row]) -> str:
         n = str(sum(len(row.traits[0]) for row in mine))
         lines.append(table_row([name, n, *scores(mine), difference(mine), *costs(mine), verdict(mine)]))
     versions = ", ".join(f"{name} {number}" for name, number in library_versions().items())
-    return "\n".join([*lines, "", f"{versions}.", ""])
+    return "\n".join([*lines, "", incoherent(rows), "", f"{versions}.", ""])
+
+
+def incoherent(rows: Sequence[Row]) -> str:
+    """The points that kept their coherence on validation scenarios and lost it on test ones."""
+    floor, lost = 100 * COHERENCE_FLOOR, []
+    for side, name in enumerate(SEARCHES):
+        low = [row for row in rows if row.coherence[side] < floor]
+        found = ", ".join(f"{row.concept} seed {row.seed} ({row.coherence[side]:.1f})" for row in low)
+        lost.append(f"{name}: {found or 'none'}")
+    return f"Points whose coherence under the test attacks is below {floor:g}: {'; '.join(lost)}."
 
 
 def scores(rows: Sequence[Row]) -> list[str]:
