@@ -120,6 +120,16 @@ def test_conversations_and_their_conditions(cell: CellResult) -> None:
     assert {row["turn"] for row in cell.turns} == {0, 1, 2}
 
 
+def test_a_model_may_play_the_users(tmp_path: Path) -> None:
+    settings = {"user": {"name": "fake"}, "count": 2, "turns": 3, "max_new_tokens": 4}
+    config = AlignmentConfig.model_validate(CONFIG.model_dump() | {"conversations": settings})
+    turns = CellResult.load(run(tmp_path / "cell", config)).turns
+    said = {(row["condition"], row["conversation"], row["turn"]): row["user"] for row in turns}
+    prompts = [item.prompt for item in load_concept("hostility").scenarios("test")]
+    assert [said["unsteered", number, 0] for number in (0, 1)] == prompts[:2]
+    assert said["unsteered", 0, 1] not in prompts
+
+
 def test_running_it_again_does_nothing(folder: Path, cell: CellResult) -> None:
     before = content(folder)
     run(folder)

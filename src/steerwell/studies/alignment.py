@@ -29,7 +29,7 @@ from steerwell.scoring.judges.base import Judge
 from steerwell.scoring.tournament import Compare, LLMComparer
 from steerwell.studies.closeups import CloseUps
 from steerwell.studies.config import AlignmentConfig, Model
-from steerwell.studies.conversation import ScriptedUsers, converse, openings, turn_rows
+from steerwell.studies.conversation import ModelUsers, ScriptedUsers, Users, converse, openings, turn_rows
 from steerwell.studies.defence import (
     attack_prompts,
     baseline_prompts,
@@ -43,6 +43,7 @@ from steerwell.studies.sweep import VALIDATION, Say, Sweep, SweepResult
 from steerwell.studies.trials import Task, Trials
 
 CELL = "cell.json"
+USER_TEMPERATURE = 0.7  # of a model that plays the user: greedy, all would say the same
 TRIALS, TURNS = "trials.parquet", "turns.parquet"
 Capability = Callable[[Engine, Edit | None, Sequence[str]], Mapping[str, float]]
 
@@ -71,7 +72,7 @@ class Cell:
     def run(
         self,
         engine: Engine,
-        load: Callable[[str], Engine],
+        load: Callable[[Model], Engine],
         say: Say,
         capability: Capability | None = None,
         judge: Judge | None = None,
@@ -80,7 +81,7 @@ class Cell:
 
         Args:
             engine: the model, loaded.
-            load: loads a fine-tuned copy.
+            load: loads another model: a fine-tuned copy, or the one that plays users.
             say: called with what is being done and how many answers it takes; returns where progress goes.
             capability: accuracies (%) under an edit or none on tasks that are not the bundled model's.
             judge: one of your own, instead of the study's.
@@ -95,7 +96,7 @@ class _Running:
         self,
         cell: Cell,
         engine: Engine,
-        load: Callable[[str], Engine],
+        load: Callable[[Model], Engine],
         say: Say,
         capability: Capability | None,
         judge: Judge | None,
@@ -189,7 +190,7 @@ class _Running:
             begun = [row["answer"] for row in rows if row["task"] == "attacked" and row["condition"] is None]
             rows += self._run(task("prefill", prefilled(calm, begun)), [None, *best])
         for kind, place in self._copies().items():
-            copy = self.load(place)
+            copy = self.load(self.cell.model.model_copy(update={"name": place, "gguf_file": None}))
             rows += self._run(task(f"fine-tuned, {kind}", calm, engine=copy), [None, *self.roles.all])
         return rows
 
@@ -245,7 +246,7 @@ class _Running:
         def talk(items: Sequence[int]) -> list[Row]:
             grown = converse(
                 self.engine,
-                ScriptedUsers(scenarios),
+                users,
                 [begun[at] for at in items],
                 settings.turns,
                 sampling,
@@ -254,6 +255,10 @@ class _Running:
             rows = turn_rows(self.judge, self.concept, grown, settings.turns)
             return [{"turns": rows[at : at + settings.turns]} for at in range(0, len(rows), settings.turns)]
 
+        users: Users = ScriptedUsers(scenarios)
+        if settings.user is not None:
+            player = replace(sampling, temperature=USER_TEMPERATURE)
+            users = ModelUsers(self.load(settings.user), scenarios, settings.user_system, player)
         units = plan("conversations", range(len(begun)), self.config.batch_size)
         execute(self.ledger, units, talk, self.say("conversations", len(begun)))
         return [turn for row in self.ledger.rows("conversations") for turn in row["turns"]]

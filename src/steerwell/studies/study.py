@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -42,12 +43,8 @@ class Worker:
             import torch
 
             torch.set_num_threads(self.threads)
-        size = cell.config.batch_size
-
-        def load_copy(place: str) -> Engine:
-            return load_model(cell.model.model_copy(update={"name": place, "gguf_file": None}), size)
-
-        cell.run(load_model(cell.model, size), load_copy, self.say, self.capability)
+        load = partial(load_model, batch_size=cell.config.batch_size)
+        cell.run(load(cell.model), load, self.say, self.capability)
         return cell.title
 
 
