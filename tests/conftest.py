@@ -80,3 +80,22 @@ def stories() -> Path:
     if not folder.is_dir():
         pytest.skip("the public stories260K model is not at hand")
     return folder
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    """A function: command words -> (exit code, stdout, stderr)."""
+
+    def call(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["steerwell", *map(str, words)])
+        from steerwell.apps.cli import main
+
+        code = 0
+        try:
+            main()
+        except SystemExit as stopped:
+            code = int(stopped.code or 0)
+        shown = capsys.readouterr()
+        return code, shown.out, shown.err
+
+    return call

@@ -12,7 +12,7 @@ from pathlib import Path
 from steerwell.engines.fake import FakeEngine
 from steerwell.studies.alignment import Cell
 from steerwell.studies.config import AlignmentConfig
-from tests.sweep_run import LetterJudge, _kill_after
+from tests.sweep_run import LetterJudge, kill_after
 
 CONFIG = AlignmentConfig.model_validate(
     {
@@ -44,5 +44,5 @@ def run(folder: Path, config: AlignmentConfig = CONFIG) -> Path:
 
 if __name__ == "__main__":
     if len(sys.argv) > 2:
-        threading.Thread(target=_kill_after, args=(float(sys.argv[2]),), daemon=True).start()
+        threading.Thread(target=kill_after, args=(float(sys.argv[2]),), daemon=True).start()
     run(Path(sys.argv[1]))

@@ -47,12 +47,12 @@ def run(folder: Path, search: Search = "grid", threat: Threat = "system", engine
     return sweep.run(engine, LetterJudge(), folder, rows_per_unit=2, say=lambda _text, _count: lambda _done: None)
 
 
-def _kill_after(seconds: float) -> None:
+def kill_after(seconds: float) -> None:
     time.sleep(seconds)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":
     if len(sys.argv) > 3:
-        threading.Thread(target=_kill_after, args=(float(sys.argv[3]),), daemon=True).start()
+        threading.Thread(target=kill_after, args=(float(sys.argv[3]),), daemon=True).start()
     run(Path(sys.argv[1]), cast(Search, sys.argv[2]))

@@ -19,7 +19,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from steerwell.apps.cli import main
 from steerwell.core.errors import ArgumentError
 from steerwell.studies.claims import Claim, Finding, claims_of
 from steerwell.studies.conversation import MEASURES as TURN_MEASURES
@@ -504,23 +503,6 @@ def test_a_claims_detail_is_only_text(cell: CellResult) -> None:
 
 
 # The command ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    """A function: command words -> (exit code, stdout, stderr)."""
-
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["steerwell", *map(str, words)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stopped:
-            code = int(stopped.code or 0)
-        shown = capsys.readouterr()
-        return code, shown.out, shown.err
-
-    return call
 
 
 def test_the_command_says_the_result_and_where_it_is(run, tmp_path: Path) -> None:

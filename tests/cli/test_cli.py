@@ -7,27 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from steerwell.apps.cli import main
 from tests.scoring.server import completion, serving
 
 EXAMPLE = str(Path(__file__).parents[2] / "docs" / "examples" / "happiness.yaml")
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    """A function: command words -> (exit code, stdout, stderr)."""
-
-    def call(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["steerwell", *map(str, words)])
-        code = 0
-        try:
-            main()
-        except SystemExit as stopped:
-            code = int(stopped.code or 0)
-        shown = capsys.readouterr()
-        return code, shown.out, shown.err
-
-    return call
 
 
 @pytest.fixture(scope="module")

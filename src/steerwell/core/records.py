@@ -57,6 +57,11 @@ class Prompt:
             got = "both" if self.messages else "neither"
             raise ArgumentError(f"Prompt: got {got} of 'messages' and 'text'; give exactly one")
 
+    @property
+    def system(self) -> str:
+        """The system prompt; "" where there is none."""
+        return self.messages[0].content if self.messages and self.messages[0].role == "system" else ""
+
     @classmethod
     def chat(cls, user: str, system: str | None = None, prefill: str = "") -> Prompt:
         """A single-turn conversation; an empty or missing `system` adds no system turn."""

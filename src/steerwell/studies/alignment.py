@@ -9,7 +9,6 @@ running it again.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -17,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from steerwell.concepts import ENGLISH, Concept, load_concept
-from steerwell.core.artifacts import library_versions, load_direction, write_atomic
+from steerwell.core.artifacts import finite, library_versions, load_direction, write_atomic
 from steerwell.core.errors import ArgumentError
-from steerwell.core.policy import Policy, save_policy
+from steerwell.core.policy import save_policy
 from steerwell.core.records import Direction, Edit, Prompt, Sampling
 from steerwell.engines.base import Engine
 from steerwell.runs.ledger import Ledger, Row, execute
@@ -39,7 +38,8 @@ from steerwell.studies.defence import (
 from steerwell.studies.fitting import PAPER_SAMPLING
 from steerwell.studies.judging import CACHE, judge_for
 from steerwell.studies.roles import roles_of
-from steerwell.studies.sweep import VALIDATION, Say, Sweep, SweepResult
+from steerwell.studies.sweep import DIRECTIONS, VALIDATION, Say, Sweep, SweepResult
+from steerwell.studies.tables import write_table
 from steerwell.studies.trials import Task, Trials
 
 CELL = "cell.json"
@@ -165,8 +165,8 @@ class _Running:
 
     @cached_property
     def _directions(self) -> dict[Any, Direction]:
-        wanted = dict.fromkeys(self.ways[at].reading for at in self.roles.all)
-        return {key: load_direction(self.folder / "directions" / "-".join(key)) for key in wanted}
+        used = {self.ways[at].reading: self.ways[at].reading_name for at in self.roles.all}
+        return {reading: load_direction(self.folder / DIRECTIONS / name) for reading, name in used.items()}
 
     # What is asked ---------------------------------------------------------------------------------------------------
 
@@ -198,8 +198,7 @@ class _Running:
         found = self.trials.run(task, conditions)
         for row in found:
             prompt = task.prompts[row["scenario"]]
-            system = prompt.messages[0].content if prompt.messages[0].role == "system" else ""
-            row |= {"system": system, "prompt": prompt.messages[-1].content, "prefill": prompt.prefill}
+            row |= {"system": prompt.system, "prompt": prompt.messages[-1].content, "prefill": prompt.prefill}
         return found
 
     def _neutral(self, best: Sequence[int]) -> list[Row]:
@@ -313,33 +312,20 @@ class _Running:
 
     # What is written -------------------------------------------------------------------------------------------------
 
-    def _policy(self, condition: int) -> Path:
-        """A policy file of one configuration."""
-        way = self.ways[condition]
+    def _write_policies(self) -> None:
+        """A policy file of every configuration that was measured."""
         folder = self.folder / "policies"
         folder.mkdir(exist_ok=True)
-        policy = Policy(
-            name=way.describe(),
-            direction=f"../directions/{way.estimator}-{way.pool}",
-            method=way.method,
-            layers=(way.layer,),
-            strength=way.strength,
-            position=way.position,
-        )
-        return save_policy(policy, folder / f"{way.method}-{condition}.yaml")
-
-    def _write_policies(self) -> None:
         for condition in self.roles.all:
-            self._policy(condition)
+            way = self.ways[condition]
+            policy = way.policy(way.describe(), f"../{DIRECTIONS}/{way.reading_name}")
+            save_policy(policy, folder / f"{way.method}-{condition}.yaml")
 
     def _write(self, result: SweepResult, rows: Sequence[Row], turns: Sequence[Row], found: Mapping[str, Any]) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         table = [{name: value for name, value in row.items() if name != "token_ids"} for row in rows]
-        pq.write_table(pa.Table.from_pylist(table), self.folder / TRIALS)
+        write_table(self.folder / TRIALS, table)
         if turns:
-            pq.write_table(pa.Table.from_pylist(list(turns)), self.folder / TURNS)
+            write_table(self.folder / TURNS, turns)
         layers = {
             "-".join(key): [item.cohens_d for item in direction.calibration]
             for key, direction in self._directions.items()
@@ -365,7 +351,7 @@ class _Running:
             "cohens_d": layers,
             "versions": library_versions(),
         }
-        text = json.dumps(_finite(cell | dict(found)), indent=1, ensure_ascii=False)
+        text = json.dumps(finite(cell | dict(found)), indent=1, ensure_ascii=False)
         write_atomic(self.folder / CELL, text + "\n")
 
 
@@ -379,12 +365,3 @@ def concept_for(cell: Cell, engine: Engine) -> Concept:
 def _report(judge: Judge) -> dict[str, Any] | None:
     report = getattr(judge, "report", None)
     return None if report is None else asdict(report)
-
-
-def _finite(value: Any) -> Any:
-    """JSON values with None for what JSON lacks."""
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -148,7 +148,7 @@ def steers_elsewhere(cell: CellResult) -> Verdict:
         if at is None:
             continue
         way = cell.ways[at]
-        separation = cell.about["cohens_d"]["-".join(way.reading)]
+        separation = cell.about["cohens_d"][way.reading_name]
         probing = int(np.argmax(separation))
         told.append(f"{method}: steers best at layer {way.layer}, {way.pool} separates best at {probing} "
                     f"(d {separation[probing]:.1f} against {separation[way.layer]:.1f})")  # fmt: skip

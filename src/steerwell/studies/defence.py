@@ -10,13 +10,14 @@ import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Literal, Protocol, TypeVar, get_args
+from typing import Any, Literal, Protocol, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from steerwell.concepts import Concept
 from steerwell.core.errors import UnknownNameError
+from steerwell.core.policy import Policy
 from steerwell.core.records import POOLS, Direction, Edit, Pool, Position, Prompt, Response, Sampling, Verdict
 from steerwell.core.registry import require_name
 from steerwell.engines.base import Engine, row_samplings
@@ -68,6 +69,23 @@ class Configuration:
     def reading(self) -> Reading:
         """Which direction it steers along."""
         return self.estimator, self.pool
+
+    @property
+    def reading_name(self) -> str:
+        """The same as a folder's name."""
+        return "-".join(self.reading)
+
+    def policy(self, name: str, direction: str, found: Mapping[str, Any] | None = None) -> Policy:
+        """It as a policy; `direction` is its direction's folder as seen from the policy's file."""
+        return Policy(
+            name=name,
+            direction=direction,
+            method=self.method,
+            layers=(self.layer,),
+            strength=self.strength,
+            position=self.position,
+            found=dict(found or {}),
+        )
 
     def describe(self) -> str:
         """In words, the method first."""

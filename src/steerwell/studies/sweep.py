@@ -20,7 +20,7 @@ import numpy as np
 from steerwell.concepts import Concept
 from steerwell.core.artifacts import MANIFEST, load_direction, save_direction
 from steerwell.core.errors import ArgumentError, EngineError, UnknownNameError
-from steerwell.core.policy import Policy, save_policy
+from steerwell.core.policy import save_policy
 from steerwell.core.records import Direction, Edit, Prompt, Response, Sampling, Verdict
 from steerwell.engines.base import Engine
 from steerwell.runs.ledger import Ledger, Row, execute
@@ -45,6 +45,7 @@ from steerwell.studies.plots import heat_map
 from steerwell.studies.search import RUNGS, SCREEN, better_part, successive_halving
 from steerwell.studies.tables import Asked, write_answers, write_summaries
 
+DIRECTIONS = "directions"
 GREEDY = Sampling(max_new_tokens=256)
 Say = Callable[[str, int], Progress]
 Search = Literal["grid", "auto"]
@@ -287,8 +288,7 @@ class _Running:
 
     def _directions(self) -> dict[Reading, Direction]:
         """The directions that the configurations need, from the folder or fitted now on one set of answers."""
-        wanted = dict.fromkeys(item.reading for item in self.sweep.configurations)
-        places = {key: self._place(*key) for key in wanted}
+        places = {item.reading: self.folder / DIRECTIONS / item.reading_name for item in self.sweep.configurations}
         if not all((place / MANIFEST).is_file() for place in places.values()):  # saving puts it there last
             concept = self.sweep.concept
             advance = self.say(f"answers that {concept.concept!r} is learned from", 2 * len(concept.train))
@@ -296,9 +296,6 @@ class _Running:
             for key, place in places.items():
                 save_direction(answers.direction(*key), place)
         return {key: load_direction(place) for key, place in places.items()}
-
-    def _place(self, estimator: str, pool: str) -> Path:
-        return self.folder / "directions" / f"{estimator}-{pool}"
 
     def _measure(self, split: EvaluationSplit, conditions: Sequence[Condition], count: int) -> dict[Condition, Scores]:
         """Scores of every condition on the first `count` scenarios of one split; what is known is not asked again."""
@@ -352,17 +349,8 @@ class _Running:
             }
             for split, scores in (("validation", validation), ("test", test))
         }
-        policy = Policy(
-            name=f"{self.sweep.concept.concept}-defence",
-            direction=str(self._place(way.estimator, way.pool).relative_to(self.folder)),
-            method=way.method,
-            layers=(way.layer,),
-            strength=way.strength,
-            position=way.position,
-            found=found,
-        )
-        save_policy(policy, self.folder / "policy.yaml")
-        return self.folder / "policy.yaml"
+        policy = way.policy(f"{self.sweep.concept.concept}-defence", f"{DIRECTIONS}/{way.reading_name}", found)
+        return save_policy(policy, self.folder / "policy.yaml")
 
     def _write_tables(self) -> None:
         ways = self.sweep.configurations

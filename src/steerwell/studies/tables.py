@@ -25,11 +25,11 @@ def write_answers(
     table = []
     for (split, index, attacked, scenario), row in rows.items():
         prompt = prompts[split, attacked][scenario]
-        system = prompt.messages[0].content if prompt.messages[0].role == "system" else ""
-        asked = {"split": split, "prompt": prompt.messages[-1].content, "system": system, "prefill": prompt.prefill}
+        asked = {"split": split, "prompt": prompt.messages[-1].content, "system": prompt.system}
+        asked["prefill"] = prompt.prefill
         said = {name: value for name, value in row.items() if name != "token_ids"}
         table.append(asked | _fields(configurations, index) | said)
-    _write(path, table)
+    write_table(path, table)
 
 
 def write_summaries(path: Path, configurations: Sequence[Configuration], rows: Mapping[Asked, Row]) -> None:
@@ -43,7 +43,7 @@ def write_summaries(path: Path, configurations: Sequence[Configuration], rows: M
     for (split, index, attacked, _), row in rows.items():
         conditions.setdefault((split, attacked, index), []).append(row)
     order = sorted(conditions, key=lambda key: (key[0] == "test", key[1], -1 if key[2] is None else key[2]))
-    _write(
+    write_table(
         path,
         [
             {"split": split, "attacked": attacked, "configuration": index}
@@ -72,7 +72,7 @@ def _means(rows: Sequence[Row]) -> Row:
     }
 
 
-def _write(path: Path, rows: Sequence[Row]) -> None:
+def write_table(path: Path, rows: Sequence[Row]) -> None:
     """A row without a column has null there."""
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from steerwell.core.artifacts import finite
 from steerwell.core.errors import MissingDependencyError
 from steerwell.testbed.bundled import BUNDLED
 
@@ -66,7 +67,7 @@ def in_models_language(chosen: Concept, engine: HFEngine, asked: str, language: 
 
 def print_json(value: Any) -> None:
     """One JSON value on stdout; NaN and infinity, which JSON lacks, become null."""
-    typer.echo(json.dumps(_finite(value), indent=2, ensure_ascii=False))
+    typer.echo(json.dumps(finite(value), indent=2, ensure_ascii=False))
 
 
 @contextmanager
@@ -87,13 +88,3 @@ def progress(text: str, total: int) -> Iterator[Callable[[int], None]]:
     """One such bar."""
     with tasks() as say:
         yield say(text, total)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
-        return None
-    return value

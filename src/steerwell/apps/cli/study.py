@@ -1,4 +1,4 @@
-"""`steerwell study`: a whole study from one YAML file; `steerwell report`: what it found, as a page."""
+"""`steerwell study`: a whole study from one YAML file."""
 
 from __future__ import annotations
 
