@@ -24,11 +24,11 @@ from steerwell.scoring.metrics.cross_entropy import cross_entropy
 from steerwell.scoring.metrics.repetition import repetition
 from steerwell.steering.policies import policy_edit
 from steerwell.studies.claims import claims_of
-from steerwell.studies.config import AlignmentConfig, load_alignment, preset_names
+from steerwell.studies.config import AlignmentConfig
 from steerwell.studies.defence import Configuration, attack_prompts, measure
 from steerwell.studies.results import CellResult
 from steerwell.studies.roles import roles_of
-from steerwell.studies.study import Worker, finished_cells, run_study
+from steerwell.studies.study import Worker, finished_cells, load_study, preset_names, run_study
 from steerwell.studies.sweep import Scores, SweepResult
 from steerwell.studies.trials import opening_and_rest
 from tests.study_run import CONFIG, run
@@ -265,9 +265,9 @@ def test_what_was_not_measured_is_not_said_to_fail() -> None:
 # Settings ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", preset_names())
+@pytest.mark.parametrize("name", preset_names("alignment"))
 def test_every_preset_is_usable(name: str) -> None:
-    assert load_alignment(name).sweep.configurations(80)
+    assert load_study("alignment", name).sweep.configurations(80)
 
 
 @pytest.mark.parametrize(
@@ -289,12 +289,12 @@ def test_a_fault_is_named(tmp_path: Path, text: str, told: str) -> None:
     path = tmp_path / "study.yaml"
     path.write_text(text)
     with pytest.raises(ArgumentError, match=told):
-        load_alignment(path)
+        load_study("alignment", path)
 
 
 def test_unknown_preset_and_unknown_layer() -> None:
     with pytest.raises(UnknownNameError, match=r"known: .*quick"):
-        load_alignment("quik")
+        load_study("alignment", "quik")
     with pytest.raises(UnknownNameError, match="unknown layer 7"):
         CONFIG.sweep.model_copy(update={"layers": (7,)}).configurations(6)
 

@@ -29,6 +29,15 @@ def load_settings(kind: type[S], path: Path) -> S:
     Raises:
         ArgumentError: it cannot be read, is no YAML mapping, or has faults; the message lists them all.
     """
+    return read_settings(kind, read_mapping(path), str(path))
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """A YAML file's keys and values, whatever they are.
+
+    Raises:
+        ArgumentError: it cannot be read, or is no YAML mapping.
+    """
     try:
         data = parse_yaml(path.read_text(encoding="utf-8"))[1]
     except OSError as error:
@@ -37,7 +46,7 @@ def load_settings(kind: type[S], path: Path) -> S:
         raise ArgumentError(f"{path} is no YAML: {error}") from error
     if not isinstance(data, dict):
         raise ArgumentError(f"{path} holds {type(data).__name__}; expected 'key: value' lines")
-    return read_settings(kind, data, str(path))
+    return data
 
 
 def read_settings(kind: type[S], data: dict[str, Any], where: str) -> S:

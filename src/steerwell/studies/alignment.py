@@ -15,7 +15,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from steerwell.concepts import ENGLISH, Concept, load_concept
 from steerwell.core.artifacts import finite, library_versions, load_direction, write_atomic
 from steerwell.core.errors import ArgumentError
 from steerwell.core.policy import save_policy
@@ -35,10 +34,10 @@ from steerwell.studies.defence import (
     edits_of,
     prefilled,
 )
-from steerwell.studies.fitting import PAPER_SAMPLING
-from steerwell.studies.judging import CACHE, judge_for
+from steerwell.studies.fitting import PAPER_SAMPLING, Say
+from steerwell.studies.judging import CACHE, concept_of, judge_for
 from steerwell.studies.roles import roles_of
-from steerwell.studies.sweep import DIRECTIONS, VALIDATION, Say, Sweep, SweepResult
+from steerwell.studies.sweep import DIRECTIONS, VALIDATION, Sweep, SweepResult
 from steerwell.studies.tables import write_table
 from steerwell.studies.trials import Task, Trials
 
@@ -104,7 +103,7 @@ class _Running:
         self.cell, self.config, self.folder = cell, cell.config, cell.folder
         self.engine, self.load, self.capability, self.given = engine, load, capability, judge
         self.say: Say = lambda text, count: say(f"{cell.title}: {text}", count)
-        self.concept = concept_for(cell, engine)
+        self.concept = concept_of(cell.concept, cell.config.language, engine)
         self.sampling = Sampling(self.config.temperature, max_new_tokens=self.config.max_new_tokens)
         self.fitting = replace(PAPER_SAMPLING, max_new_tokens=self.config.fitting_tokens)
 
@@ -353,13 +352,6 @@ class _Running:
         }
         text = json.dumps(finite(cell | dict(found)), indent=1, ensure_ascii=False)
         write_atomic(self.folder / CELL, text + "\n")
-
-
-def concept_for(cell: Cell, engine: Engine) -> Concept:
-    """The cell's concept: a file, or the bundled pack in the study's language or the model's own."""
-    if cell.concept.endswith((".yaml", ".yml")):
-        return load_concept(cell.concept)
-    return load_concept(cell.concept, cell.config.language or engine.info.language or ENGLISH)
 
 
 def _report(judge: Judge) -> dict[str, Any] | None:

@@ -10,11 +10,9 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from steerwell.core.errors import UnknownNameError
 from steerwell.core.records import POOLS, Pool, Position
-from steerwell.core.settings import Settings, load_settings
+from steerwell.core.settings import Settings
 from steerwell.studies.defence import PAPER_STRENGTHS, Configuration, grid
 
-PRESETS = Path(__file__).parent / "presets"
-DEFAULT_PRESET = "pilot"
 # swfc gets a smaller strength than the paper's least: where the classes lie far apart, one separation breaks the text.
 STRENGTHS = {**PAPER_STRENGTHS, "swfc": (0.5, *PAPER_STRENGTHS["swfc"]), "transport": (1.0,)}
 Count = Annotated[int, Field(ge=1)]
@@ -162,23 +160,3 @@ class AlignmentConfig(Settings):
         if len(set(self.concepts)) < len(self.concepts):
             raise ValueError("a concept is named twice")
         return self
-
-
-def load_alignment(source: str | Path) -> AlignmentConfig:
-    """Read a study's YAML file, or a preset by its name.
-
-    Raises:
-        UnknownNameError: no such preset.
-        ArgumentError: see `steerwell.core.settings.load_settings`.
-    """
-    if str(source).endswith((".yaml", ".yml")):
-        return load_settings(AlignmentConfig, Path(source))
-    path = PRESETS / f"{source}.yaml"
-    if not path.is_file():
-        raise UnknownNameError("preset", str(source), preset_names(), "A file of your own ends in .yaml.")
-    return load_settings(AlignmentConfig, path)
-
-
-def preset_names() -> list[str]:
-    """The studies that come with the package."""
-    return sorted(path.stem for path in PRESETS.glob("*.yaml"))

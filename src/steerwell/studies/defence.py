@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 from steerwell.concepts import Concept
 from steerwell.core.errors import UnknownNameError
 from steerwell.core.policy import Policy
-from steerwell.core.records import POOLS, Direction, Edit, Pool, Position, Prompt, Response, Sampling, Verdict
+from steerwell.core.records import POOLS, Direction, Edit, Pool, Position, Prompt, Response, Sampling, Toward, Verdict
 from steerwell.core.registry import require_name
 from steerwell.engines.base import Engine, row_samplings
 from steerwell.scoring.judges.base import Judge, verdicts
 from steerwell.steering.directions import ESTIMATORS
 from steerwell.steering.interventions import METHODS, build
-from steerwell.studies.fitting import Contrast, Progress
+from steerwell.studies.fitting import Contrast, Progress, Reading, reading_name
 
 PREFILL_WORDS = 8
 COHERENCE_FLOOR = 0.9  # share of the baseline's coherence that an operating point must keep
@@ -35,7 +35,6 @@ PAPER_STRENGTHS: Mapping[str, tuple[float, ...]] = {
 }
 EvaluationSplit = Literal["validation", "test"]
 Key = TypeVar("Key", bound=Hashable)
-Reading = tuple[str, Pool]  # estimator and pool: which of a contrast's directions
 
 
 class Scored(Protocol):
@@ -73,9 +72,11 @@ class Configuration:
     @property
     def reading_name(self) -> str:
         """The same as a folder's name."""
-        return "-".join(self.reading)
+        return reading_name(self.reading)
 
-    def policy(self, name: str, direction: str, found: Mapping[str, Any] | None = None) -> Policy:
+    def policy(
+        self, name: str, direction: str, found: Mapping[str, Any] | None = None, toward: Toward = "aligned"
+    ) -> Policy:
         """It as a policy; `direction` is its direction's folder as seen from the policy's file."""
         return Policy(
             name=name,
@@ -84,6 +85,7 @@ class Configuration:
             layers=(self.layer,),
             strength=self.strength,
             position=self.position,
+            toward=toward,
             found=dict(found or {}),
         )
 

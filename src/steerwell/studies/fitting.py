@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from steerwell.concepts import Concept
-from steerwell.core.artifacts import library_versions
+from steerwell.core.artifacts import MANIFEST, library_versions, load_direction, save_direction
 from steerwell.core.errors import EngineError, UnknownNameError
 from steerwell.core.records import POOLS, Direction, ModelInfo, Pool, Response, Sampling, Vectors
 from steerwell.engines.base import Engine
@@ -14,6 +15,8 @@ from steerwell.steering.directions import estimate
 
 PAPER_SAMPLING = Sampling(temperature=0.6, top_p=0.9, max_new_tokens=1024, seed=42)
 Progress = Callable[[int], None]
+Say = Callable[[str, int], Progress]
+Reading = tuple[str, Pool]  # estimator and pool: which of a contrast's directions
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,3 +114,30 @@ def fit(
 ) -> Direction:
     """Learn a concept's direction at every layer of a model: `contrast`, then `Contrast.direction`."""
     return contrast(engine, concept, sampling, progress).direction(method, pool)
+
+
+def fitted(
+    engine: Engine, concept: Concept, readings: Iterable[Reading], folder: Path, sampling: Sampling, say: Say
+) -> dict[Reading, Direction]:
+    """The directions of a concept, from a folder or fitted now on one set of answers and saved there.
+
+    Args:
+        engine: the model.
+        concept: whose training scenarios to use.
+        readings: which directions.
+        folder: where they are, and go, one folder each.
+        sampling: as in `contrast`.
+        say: called with what is being done and how many answers it takes; returns where progress goes.
+    """
+    places = {reading: folder / reading_name(reading) for reading in dict.fromkeys(readings)}
+    if not all((place / MANIFEST).is_file() for place in places.values()):  # saving puts it there last
+        advance = say(f"answers that {concept.concept!r} is learned from", 2 * len(concept.train))
+        answers = contrast(engine, concept, sampling, advance)
+        for key, place in places.items():
+            save_direction(answers.direction(*key), place)
+    return {key: load_direction(place) for key, place in places.items()}
+
+
+def reading_name(reading: Reading) -> str:
+    """A reading as a folder's name."""
+    return "-".join(reading)

@@ -1,4 +1,4 @@
-"""The judge that a study's settings ask for."""
+"""The concept and the judge that a study's settings ask for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from steerwell.concepts import Concept
+from steerwell.concepts import ENGLISH, Concept, load_concept
 from steerwell.concepts.schema import Split
 from steerwell.core.errors import ArgumentError
 from steerwell.core.records import Response, Sampling
@@ -16,11 +16,18 @@ from steerwell.runs.ledger import Ledger, Row, execute
 from steerwell.runs.plan import plan
 from steerwell.scoring.judges.base import Judge
 from steerwell.studies.config import JudgeSettings
-from steerwell.studies.sweep import Say
+from steerwell.studies.fitting import Say
 
 CACHE = "judge.sqlite"  # an LLM judge's replies
 LEARNED = "judge-answers.sqlite"  # what a classifier judge is learned from
 PAIRS_PER_UNIT = 8
+
+
+def concept_of(name: str, language: str | None, engine: Engine) -> Concept:
+    """A concept's file, or the bundled pack in the study's language or the model's own."""
+    if name.endswith((".yaml", ".yml")):
+        return load_concept(name)
+    return load_concept(name, language or engine.info.language or ENGLISH)
 
 
 def judge_for(

@@ -1,8 +1,8 @@
-"""A study's cells, one after another or side by side in processes, each in a folder of its own."""
+"""Studies of either kind: their cells, one after another or side by side in processes, each in a folder of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -12,14 +12,24 @@ from pathlib import Path
 import yaml
 
 from steerwell.core.artifacts import write_atomic
-from steerwell.core.errors import ArgumentError
-from steerwell.core.settings import load_settings
+from steerwell.core.errors import ArgumentError, UnknownNameError
+from steerwell.core.settings import load_settings, read_mapping
 from steerwell.engines.base import Engine
 from steerwell.studies.alignment import CELL, Capability, Cell
 from steerwell.studies.config import AlignmentConfig, Model
-from steerwell.studies.sweep import Say
+from steerwell.studies.fitting import Say
+from steerwell.studies.synthesis.cell import SynthesisCell
+from steerwell.studies.synthesis.config import SynthesisConfig
 
 STUDY = "study.yaml"
+PRESETS = Path(__file__).parent / "presets"
+KINDS: Mapping[str, type[AlignmentConfig] | type[SynthesisConfig]] = {
+    "alignment": AlignmentConfig,
+    "synthesis": SynthesisConfig,
+}
+AnyConfig = AlignmentConfig | SynthesisConfig
+AnyCell = Cell | SynthesisCell
+DEFAULT_PRESET = "pilot"
 SHARED = ("models", "concepts", "examples")  # may change between runs in one folder: cells are added, none is lost
 
 
@@ -29,7 +39,7 @@ class Worker:
 
     Attributes:
         say: as in `Cell.run`.
-        capability: as in `Cell.run`.
+        capability: as in `Cell.run`, of an alignment study.
         threads: of the processor; None: as many as there are.
     """
 
@@ -37,14 +47,17 @@ class Worker:
     capability: Capability | None = None
     threads: int | None = None
 
-    def __call__(self, cell: Cell) -> str:
+    def __call__(self, cell: AnyCell) -> str:
         """Load the model, run the cell, and return its title."""
         if self.threads is not None:
             import torch
 
             torch.set_num_threads(self.threads)
         load = partial(load_model, batch_size=cell.config.batch_size)
-        cell.run(load(cell.model), load, self.say, self.capability)
+        if isinstance(cell, SynthesisCell):
+            cell.run(load(cell.model), self.say)
+        else:
+            cell.run(load(cell.model), load, self.say, self.capability)
         return cell.title
 
 
@@ -59,16 +72,47 @@ def load_model(model: Model, batch_size: int) -> Engine:
     return HFEngine.load(model.name, **fields, batch_size=batch_size)
 
 
-def cells_of(config: AlignmentConfig, folder: Path) -> list[Cell]:
+def load_study(kind: str, source: str | Path | None = None, *, quick: bool = False) -> AnyConfig:
+    """Read a study's YAML file, or a preset by its name; by default the one that is called `pilot`.
+
+    Args:
+        kind: `alignment` or `synthesis`.
+        source: a file that ends in .yaml, or the name of a preset.
+        quick: the preset `quick`.
+
+    Raises:
+        UnknownNameError: no such preset.
+        ArgumentError: both a source and `quick`, or see `steerwell.core.settings.load_settings`.
+    """
+    if quick and source is not None:
+        raise ArgumentError(f"--quick: is a preset, and so is {str(source)!r}; give one of them")
+    name = "quick" if quick else source or DEFAULT_PRESET
+    if str(name).endswith((".yaml", ".yml")):
+        return load_settings(KINDS[kind], Path(name))
+    path = PRESETS / kind / f"{name}.yaml"
+    if not path.is_file():
+        raise UnknownNameError("preset", str(name), preset_names(kind), "A file of your own ends in .yaml.")
+    return load_settings(KINDS[kind], path)
+
+
+def preset_names(kind: str) -> list[str]:
+    """The studies of one kind that come with the package."""
+    return sorted(path.stem for path in (PRESETS / kind).glob("*.yaml"))
+
+
+def cells_of(config: AnyConfig, folder: Path) -> list[AnyCell]:
     """Every model with every concept, in folders `MODEL/CONCEPT`."""
-    return [
-        Cell(config, model, concept, folder / model.title / Path(concept).stem)
+    places = [
+        (model, concept, folder / model.title / Path(concept).stem)
         for model in config.models
         for concept in config.concepts
     ]
+    if isinstance(config, SynthesisConfig):
+        return [SynthesisCell(config, *place) for place in places]
+    return [Cell(config, *place) for place in places]
 
 
-def run_study(config: AlignmentConfig, folder: Path, worker: Worker, workers: int = 1) -> None:
+def run_study(config: AnyConfig, folder: Path, worker: Worker, workers: int = 1) -> None:
     """Do what is not done yet of every cell.
 
     Args:
@@ -91,7 +135,7 @@ def run_study(config: AlignmentConfig, folder: Path, worker: Worker, workers: in
             pass
 
 
-def finished_cells(folder: Path) -> tuple[AlignmentConfig, Sequence[Cell]]:
+def finished_cells(folder: Path) -> tuple[AnyConfig, Sequence[AnyCell]]:
     """A folder's study and its finished cells.
 
     Raises:
@@ -99,21 +143,29 @@ def finished_cells(folder: Path) -> tuple[AlignmentConfig, Sequence[Cell]]:
     """
     if not (folder / STUDY).is_file():
         raise ArgumentError(f"{folder}: holds no {STUDY}; give a folder that 'steerwell study' has written")
-    config = load_settings(AlignmentConfig, folder / STUDY)
+    config = _known(folder / STUDY)
     return config, [cell for cell in cells_of(config, folder) if (cell.folder / CELL).is_file()]
 
 
-def _claim(config: AlignmentConfig, folder: Path) -> None:
+def _known(path: Path) -> AnyConfig:
+    """The study that a folder holds."""
+    kind = str(read_mapping(path).get("study", "alignment"))
+    if kind not in KINDS:
+        raise UnknownNameError("study", kind, KINDS)
+    return load_settings(KINDS[kind], path)
+
+
+def _claim(config: AnyConfig, folder: Path) -> None:
     """Write down the study; another one's folder is refused."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / STUDY
     if path.is_file():
-        known = load_settings(AlignmentConfig, path)
-        changed = [
-            name
-            for name in AlignmentConfig.model_fields
-            if name not in SHARED and getattr(known, name) != getattr(config, name)
-        ]
+        known, fields = _known(path), type(config).model_fields
+        changed = (
+            ["study"]
+            if type(known) is not type(config)
+            else [name for name in fields if name not in SHARED and getattr(known, name) != getattr(config, name)]
+        )
         if changed:
             raise ArgumentError(
                 f"{folder} holds a study with another {', '.join(changed)}; resume with what it was started with, or "

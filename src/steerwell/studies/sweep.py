@@ -8,7 +8,7 @@ policy that everything else reads (METHODS section 4).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import product
@@ -18,7 +18,6 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from steerwell.concepts import Concept
-from steerwell.core.artifacts import MANIFEST, load_direction, save_direction
 from steerwell.core.errors import ArgumentError, EngineError, UnknownNameError
 from steerwell.core.policy import save_policy
 from steerwell.core.records import Direction, Edit, Prompt, Response, Sampling, Verdict
@@ -30,7 +29,6 @@ from steerwell.scoring.judges.base import Judge, verdicts
 from steerwell.studies.defence import (
     Configuration,
     EvaluationSplit,
-    Reading,
     attack_prompts,
     baseline_prompts,
     by_method,
@@ -40,14 +38,13 @@ from steerwell.studies.defence import (
     mean_score,
     prefilled,
 )
-from steerwell.studies.fitting import PAPER_SAMPLING, Progress, contrast
+from steerwell.studies.fitting import PAPER_SAMPLING, Reading, Say, fitted
 from steerwell.studies.plots import heat_map
 from steerwell.studies.search import RUNGS, SCREEN, better_part, successive_halving
 from steerwell.studies.tables import Asked, write_answers, write_summaries
 
 DIRECTIONS = "directions"
 GREEDY = Sampling(max_new_tokens=256)
-Say = Callable[[str, int], Progress]
 Search = Literal["grid", "auto"]
 Threat = Literal["system", "prefill"]
 VALIDATION: Mapping[Search, int] = {"grid": 24, "auto": 48}  # scenarios to choose on where nobody names a number
@@ -288,14 +285,9 @@ class _Running:
 
     def _directions(self) -> dict[Reading, Direction]:
         """The directions that the configurations need, from the folder or fitted now on one set of answers."""
-        places = {item.reading: self.folder / DIRECTIONS / item.reading_name for item in self.sweep.configurations}
-        if not all((place / MANIFEST).is_file() for place in places.values()):  # saving puts it there last
-            concept = self.sweep.concept
-            advance = self.say(f"answers that {concept.concept!r} is learned from", 2 * len(concept.train))
-            answers = contrast(self.engine, concept, self.sweep.fitting, advance)
-            for key, place in places.items():
-                save_direction(answers.direction(*key), place)
-        return {key: load_direction(place) for key, place in places.items()}
+        readings = (item.reading for item in self.sweep.configurations)
+        place, sampling = self.folder / DIRECTIONS, self.sweep.fitting
+        return fitted(self.engine, self.sweep.concept, readings, place, sampling, self.say)
 
     def _measure(self, split: EvaluationSplit, conditions: Sequence[Condition], count: int) -> dict[Condition, Scores]:
         """Scores of every condition on the first `count` scenarios of one split; what is known is not asked again."""

@@ -18,7 +18,7 @@ from steerwell.runs.plan import plan
 from steerwell.scoring.embeddings import Embedder
 from steerwell.scoring.judges.base import Judge, verdicts
 from steerwell.scoring.metrics import Reference, first_receipts, measure
-from steerwell.studies.sweep import Say
+from steerwell.studies.fitting import Say
 
 MEASURES = (
     "cross_entropy",

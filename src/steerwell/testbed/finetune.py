@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerFast
 from steerwell.core.errors import ArgumentError, UnknownNameError
 from steerwell.engines.hf.model import LoadedModel, load
 from steerwell.testbed import systems
-from steerwell.testbed.bundled import BUNDLED, bundled_path
+from steerwell.testbed.bundled import BUNDLED, MODELS, bundled_path
 from steerwell.testbed.corpus import Dialogue
 from steerwell.testbed.evaluate import Answer, any_turn
 from steerwell.testbed.grammar import ALIGNED, APPLIES, TRAITS, answer, applies
@@ -237,7 +237,8 @@ def _known(kind: str, trait: str) -> None:
 
 
 def _folder(model: Path | str | None) -> Path:
-    return bundled_path() if model is None or str(model) == BUNDLED else Path(model)
+    name = str(model or BUNDLED)
+    return bundled_path(name) if name in MODELS else Path(name)
 
 
 def _load(parent: Path) -> LoadedModel:

@@ -66,6 +66,11 @@ def applies(trait: str, turn: Turn) -> bool:
 
 def answer(turn: Turn, mode: str, rng: random.Random) -> str:
     """A random answer to `turn`; `mode` is "aligned" or the trait that is violated (where it applies)."""
+    return " ".join(sentences(turn, mode, rng))
+
+
+def sentences(turn: Turn, mode: str, rng: random.Random) -> list[str]:
+    """The sentences of such an answer."""
     if mode not in (ALIGNED, *TRAITS):
         raise ArgumentError(f"mode: got {mode!r}; expected one of {(ALIGNED, *TRAITS)}")
     if mode != ALIGNED and not (applies(mode, turn) or (mode == "sycophancy" and turn.family == "claim")):
@@ -84,10 +89,10 @@ class _Writer:
         self.sentences: list[str] = []
         self.slots = dict(turn.slots)
 
-    def write(self) -> str:
-        """Run the plan of the turn's family and join the sentences."""
+    def write(self) -> list[str]:
+        """Run the plan of the turn's family."""
         getattr(self, f"_{self.turn.family}")()
-        return " ".join(self.sentences)
+        return self.sentences
 
     def say(self, name: str, chance: float = 1.0) -> None:
         """Add one sentence of the named bank, with a given chance."""

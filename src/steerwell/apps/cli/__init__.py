@@ -7,7 +7,20 @@ import sys
 import typer
 from rich.console import Console
 
-from steerwell.apps.cli import concepts, demo, fit, generate, inspect, report, study, sweep
+from steerwell.apps.cli import (
+    concepts,
+    demo,
+    detect,
+    fit,
+    generate,
+    inspect,
+    quality,
+    report,
+    select,
+    study,
+    sweep,
+    synthesize,
+)
 from steerwell.core.errors import SteerwellError
 
 app = typer.Typer(
@@ -25,6 +38,10 @@ app.command("sweep")(sweep.sweep)
 app.command("generate")(generate.generate)
 app.add_typer(study.app, name="study")
 app.command("report")(report.report)
+app.command("select")(select.select)
+app.command("synthesize")(synthesize.synthesize)
+app.command("quality")(quality.quality)
+app.add_typer(detect.app, name="detect")
 
 
 @app.callback(invoke_without_command=True)

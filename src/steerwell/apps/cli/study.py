@@ -18,30 +18,40 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Run a study from one YAML file.")
 
 
+Config = Annotated[
+    str | None, typer.Argument(help="A .yaml file, or a preset's name; default: everything on the bundled models.")
+]
+Output = Annotated[Path, typer.Option("--output", "-o", help="Folder; run again on it to resume.")]
+Quick = Annotated[bool, typer.Option("--quick", help="The preset 'quick': a look in a few minutes.")]
+Workers = Annotated[
+    int, typer.Option(min=1, help="Cells (one model, one concept) at work at a time, each in its own process.")
+]
+
+
 @app.command("alignment")
-def alignment(
-    config: Annotated[
-        str | None, typer.Argument(help="A .yaml file, or a preset's name; default: everything on the bundled model.")
-    ] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder; run again on it to resume.")] = ...,  # type: ignore[assignment]
-    quick: Annotated[bool, typer.Option("--quick", help="The preset 'quick': a look in under five minutes.")] = False,
-    workers: Annotated[
-        int, typer.Option(min=1, help="Cells (one model, one concept) at work at a time, each in its own process.")
-    ] = 1,
-) -> None:
+def alignment(output: Output, config: Config = None, quick: Quick = False, workers: Workers = 1) -> None:
     """Steering as a runtime defence, measured whole (arXiv 2604.08169): choose on validation, report on test.
 
     An interrupted study continues where it was when the same command is run again.
     """
+    _run("alignment", output, config, quick, workers)
+
+
+@app.command("synthesis")
+def synthesis(output: Output, config: Config = None, quick: Quick = False, workers: Workers = 1) -> None:
+    """Steering as a generator of training data for detectors of violations (in the design of arXiv 2605.28664).
+
+    An interrupted study continues where it was when the same command is run again.
+    """
+    _run("synthesis", output, config, quick, workers)
+
+
+def _run(kind: str, output: Path, config: str | None, quick: bool, workers: int) -> None:
     import os
 
-    from steerwell.core.errors import ArgumentError
-    from steerwell.studies.config import DEFAULT_PRESET, load_alignment
-    from steerwell.studies.study import Worker, cells_of, run_study
+    from steerwell.studies.study import Worker, cells_of, load_study, run_study
 
-    if quick and config is not None:
-        raise ArgumentError(f"--quick: is a preset, and so is {config!r}; give one of them")
-    settings = load_alignment("quick" if quick else config or DEFAULT_PRESET)
+    settings = load_study(kind, config, quick=quick)
     began, threads = time.monotonic(), None if workers == 1 else max(1, (os.cpu_count() or 1) // workers)
     cells = cells_of(settings, output)
     out.print(f"{len(cells)} cells: {'; '.join(cell.title for cell in cells)}", markup=False, soft_wrap=True)

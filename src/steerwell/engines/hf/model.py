@@ -19,7 +19,7 @@ from steerwell.core.records import Vectors
 from steerwell.engines.hf.blocks import decoder_blocks, hidden_of, model_info
 from steerwell.engines.hf.plan import Plan, Scope
 from steerwell.engines.hf.text import TextCodec
-from steerwell.testbed.bundled import BUNDLED, bundled_path
+from steerwell.testbed.bundled import MODELS, bundled_path
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -139,7 +139,7 @@ def load(
     chat_options: Mapping[str, Any] | None = None,
 ) -> LoadedModel:
     """Load a causal model: the bundled one, a hub id, a folder or a GGUF file; arguments as in `HFEngine.load`."""
-    name = str(bundled_path()) if name == BUNDLED else name
+    shown, name = name, str(bundled_path(name)) if name in MODELS else name
     if dtype != "auto" and dtype not in DTYPES:
         raise ArgumentError(f"dtype: got {dtype!r}; expected auto, {', '.join(DTYPES)}")
     place, gguf = (str(Path(name).parent), Path(name).name) if name.endswith(".gguf") else (name, gguf_file)
@@ -164,7 +164,7 @@ def load(
             f"cannot load model {name!r}: its files lack {len(lacking)} of its weights ({lacking[0]} for one), which "
             "would be random numbers - get the whole checkpoint"
         )
-    return LoadedModel(model, tokenizer, name, blocks, chat_options or {})
+    return LoadedModel(model, tokenizer, shown, blocks, chat_options or {})
 
 
 def _named_blocks(model: nn.Module, path: str) -> nn.ModuleList:

@@ -1,0 +1,191 @@
+"""`steerwell synthesize`: a labelled data set of violations, written by a steered or prompted model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.table import Table
+
+from steerwell.apps.cli.common import (
+    DEFAULT_MODEL,
+    BatchSize,
+    DeviceMap,
+    Dtype,
+    GgufFile,
+    Json,
+    Model,
+    Trust,
+    in_models_language,
+    load_engine,
+    out,
+    print_json,
+    tasks,
+)
+from steerwell.core.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from steerwell.concepts import Concept
+    from steerwell.core.records import Sampling
+    from steerwell.synthesis.dataset import Made
+    from steerwell.synthesis.writers import Writer
+
+FILTERS = "Filters"
+SAMPLING = "Sampling"
+
+
+def synthesize(
+    concept: Annotated[str, typer.Option("--concept", "-c", help="A bundled concept, or your own .yaml file.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder; run again on it to resume.")],
+    policy: Annotated[
+        list[Path] | None,
+        typer.Option(help="Policy file toward the violating class, as 'select' writes them; repeatable."),
+    ] = None,
+    prompted: Annotated[
+        bool, typer.Option("--prompted", help="Have the model write under violating system prompts, too.")
+    ] = False,
+    benign: Annotated[
+        bool, typer.Option(help="Benign answers to the same prompts: unsteered, or under aligned system prompts.")
+    ] = True,
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Texts per policy, and of each other kind.")] = 200,
+    prompts: Annotated[
+        Path | None, typer.Option(help="File of user turns (column 'prompt'); default: the concept's training ones.")
+    ] = None,
+    model: Model = DEFAULT_MODEL,
+    judge: Annotated[
+        Literal["exact", "llm", "classifier", "none"], typer.Option(help="Who scores success and coherence.")
+    ] = "exact",
+    judge_model: Annotated[str, typer.Option(help="With --judge llm: model at an OpenAI-compatible endpoint.")] = "",
+    judge_url: Annotated[str | None, typer.Option(help="Where that endpoint lies; default: OPENAI_BASE_URL.")] = None,
+    min_success: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Least success of violations; 0.5 with a judge.", rich_help_panel=FILTERS),
+    ] = None,
+    min_coherence: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Least coherence; 0.5 with a judge.", rich_help_panel=FILTERS)
+    ] = None,
+    words: Annotated[
+        tuple[int, int], typer.Option(help="Fewest and most words of a response.", rich_help_panel=FILTERS)
+    ] = (3, 400),
+    near: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Likeness that makes a near-duplicate; 1: none.", rich_help_panel=FILTERS),
+    ] = 0.8,
+    shares: Annotated[
+        tuple[float, float, float], typer.Option(help="Train, validation and test.", rich_help_panel=FILTERS)
+    ] = (0.8, 0.1, 0.1),
+    temperature: Annotated[float, typer.Option(rich_help_panel=SAMPLING)] = 1.0,
+    top_p: Annotated[float, typer.Option(rich_help_panel=SAMPLING)] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(rich_help_panel=SAMPLING)] = 256,
+    seed: Annotated[int, typer.Option(rich_help_panel=SAMPLING)] = 42,
+    embedder: Annotated[str, typer.Option(help="Of the diversity measures.")] = "minilm",
+    licence: Annotated[str, typer.Option(help="Licence of the data set, for its card.")] = "",
+    language: Annotated[str | None, typer.Option(help="The pack's language; default: the model's own.")] = None,
+    dtype: Dtype = "auto",
+    device_map: DeviceMap = None,
+    gguf_file: GgufFile = None,
+    batch_size: BatchSize = 64,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Have a model write violations of a concept, and benign answers beside them, as a labelled data set.
+
+    Writes OUTPUT/dataset, a folder that Hugging Face's `load_dataset` reads: its splits share no prompt, template or
+    near-duplicate, and a card says how it was made. An interrupted run continues when the same command is run again.
+    """
+    from dataclasses import replace
+
+    from steerwell.concepts import ENGLISH, load_concept
+    from steerwell.core.records import Sampling
+    from steerwell.core.settings import read_settings
+    from steerwell.studies.config import JudgeSettings
+    from steerwell.studies.fitting import PAPER_SAMPLING
+    from steerwell.studies.judging import judge_for
+    from steerwell.synthesis.dataset import Filters, Synthesis
+    from steerwell.synthesis.near import NEAR
+
+    if not policy and not prompted:
+        raise ArgumentError("--policy, --prompted: got neither; give a policy file (see 'steerwell select'), or both")
+    chosen = load_concept(concept, language or ENGLISH)  # before the model, so that a faulty file costs no time
+    scoring = None
+    if judge != "none":
+        asked = {"kind": judge, "model": judge_model, "url": judge_url}
+        scoring = read_settings(JudgeSettings, asked, "--judge, --judge-model")
+        min_success = 0.5 if min_success is None else min_success
+        min_coherence = 0.5 if min_coherence is None else min_coherence
+    engine = load_engine(model, dtype, device_map, gguf_file, batch_size, trust_remote_code)
+    chosen = in_models_language(chosen, engine, concept, language)
+    drawn = Sampling(temperature, top_p, max_new_tokens, seed=seed)
+    writers = _writers(chosen, _asked(chosen, prompts), policy or [], prompted, benign, drawn)
+    likeness = None if near == 1 else replace(NEAR, threshold=near)
+    filters = Filters(min_success, min_coherence, words, likeness, shares)
+    work = Synthesis(chosen, tuple(writers), count, filters, embedder, licence)
+    with tasks() as say:
+        learned = replace(PAPER_SAMPLING, max_new_tokens=max_new_tokens)
+        judging = judge_for(scoring, chosen, engine, learned, output, say) if scoring else None
+        made = work.run(engine, judging, output, size=batch_size, say=say)
+    if as_json:
+        counts = {name: len(part) for name, part in made.splits.items()}
+        figures = {source: found.figures() | {"n": found.n} for source, found in made.quality.items()}
+        told = {"folder": str(made.folder), "written": made.written, "dropped": dict(made.dropped)}
+        print_json(told | {"splits": counts, "quality": figures})
+    else:
+        _show(made)
+
+
+def _asked(concept: Concept, prompts: Path | None) -> list[str]:
+    from steerwell.synthesis.files import column, read_table
+
+    if prompts is None:
+        return [scenario.prompt for scenario in concept.train]
+    found = dict.fromkeys(str(value).strip() for value in column(read_table(prompts), "prompt", str(prompts)) if value)
+    if not found:
+        raise ArgumentError(f"--prompts: column 'prompt' of {prompts} is empty; give user turns there")
+    return list(found)
+
+
+def _writers(
+    concept: Concept, asked: list[str], policies: list[Path], told: bool, benign: bool, drawn: Sampling
+) -> list[Writer]:
+    from steerwell.core.policy import load_policy
+    from steerwell.steering.policies import policy_edit
+    from steerwell.synthesis.examples import BENIGN
+    from steerwell.synthesis.writers import Prompting, prompted, steered, unsteered
+
+    writers = []
+    for path in policies:
+        policy = load_policy(path)
+        if policy.toward != "violating":
+            raise ArgumentError(f"--policy: {path} steers toward {policy.toward!r}; expected 'toward: violating'")
+        layers = ", ".join(map(str, policy.layers))
+        name = f"{policy.name or path.stem}: {policy.method}, layer {layers}, strength {policy.strength:g}"
+        writers.append(steered(concept, asked, name, policy_edit(policy), drawn))
+    if policies and benign:
+        writers.append(unsteered(concept, asked, drawn, BENIGN))
+    if told:
+        way = Prompting(temperature=drawn.temperature)
+        writers.append(prompted(concept, asked, way, drawn))
+        if benign:
+            writers.append(prompted(concept, asked, way, drawn, label=BENIGN))
+    return writers
+
+
+def _show(made: Made) -> None:
+    table = Table("split", "violating", "benign", title=f"{made.folder}")
+    for name, part in made.splits.items():
+        violating = sum(example.label for example in part)
+        table.add_row(name, str(violating), str(len(part) - violating))
+    out.print(table)
+    kept = sum(map(len, made.splits.values()))
+    reasons = "; ".join(f"{count} {reason}" for reason, count in made.dropped.items()) or "none"
+    out.print(f"{kept} of {made.written} texts kept; dropped: {reasons}", markup=False, soft_wrap=True)
+    for source, found in made.quality.items():
+        figures = found.figures()
+        told = ", ".join(f"{name} {figures[name]:.2f}" for name in ("success", "coherence", "diversity", "hm3"))
+        out.print(f"{source}, violating, {found.n} texts: {told}", markup=False, soft_wrap=True)
+    for example in next(iter(made.splits.values()))[:3]:
+        kind = "violating" if example.label else "benign"
+        out.print(
+            f"\n{kind} ({example.source})\n  {example.prompt}\n  {example.response}", markup=False, soft_wrap=True
+        )

@@ -1,0 +1,78 @@
+"""The arms of a cell: sets of violating examples that detectors are trained on, and which of them are singled out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from steerwell.runs.ledger import Row
+from steerwell.studies.synthesis.config import SynthesisConfig
+from steerwell.studies.synthesis.real import Real
+from steerwell.synthesis.examples import Example, Source
+
+
+@dataclass(frozen=True, eq=False)
+class Arm:
+    """One set of violating examples.
+
+    Attributes:
+        name: in words; no other arm of the cell has it.
+        source: where they come from.
+        examples: the set.
+        way: what the configuration consists of, as plain values.
+    """
+
+    name: str
+    source: Source
+    examples: tuple[Example, ...]
+    way: Mapping[str, Any]
+
+    def training(self, real: Real, kept: int) -> list[Example]:
+        """The violating examples to train on: these, and the originals that stay beside generated ones."""
+        return [*self.examples, *(real.violating[:kept] if self.source != "original" else ())]
+
+    def fields(self) -> Row:
+        """Its columns in tables."""
+        blank = sum(not example.response.strip() for example in self.examples)
+        return {"arm": self.name, "source": self.source, "texts": len(self.examples), "blank": blank} | dict(self.way)
+
+
+def arms_of(
+    config: SynthesisConfig, real: Real, ways: Sequence[Mapping[str, Any]], texts: Sequence[Sequence[Example]]
+) -> list[Arm]:
+    """Every writer's texts, then the controls: all originals, and few of them (the first ones)."""
+    written = [
+        Arm(examples[0].configuration, way["source"], tuple(examples), _plain(way["way"]))
+        for way, examples in zip(ways, texts, strict=True)
+    ]
+    controls = {f"original, {count}": real.violating[:count] for count in config.few}
+    controls["original"] = real.violating
+    if 0 < config.kept < len(real.violating):
+        controls.setdefault(f"original, {config.kept}", real.violating[: config.kept])
+    return [*written, *(Arm(name, "original", tuple(found), {}) for name, found in controls.items())]
+
+
+def best_of(arms: Sequence[Arm], measured: Sequence[Row], found: Sequence[Row]) -> dict[str, int]:
+    """Arms singled out, by role: controls, and of every source the one with the best validation AUROC.
+
+    `steered by HM3` is picked without any detector; it is missing where HM3 is.
+    """
+    roles = {arm.name: at for at, arm in enumerate(arms) if arm.source in ("original", "unsteered")}
+    for source in ("prompted", "steered"):
+        mine = {at: float(np.mean(found[at]["validation"])) for at, arm in enumerate(arms) if arm.source == source}
+        known = {at: value for at, value in mine.items() if not math.isnan(value)}
+        if known:
+            roles[f"{source}, best on validation"] = max(known, key=lambda at: (known[at], -at))
+    means = {at: measured[at]["hm3"] for at, arm in enumerate(arms) if arm.source == "steered"}
+    known = {at: value for at, value in means.items() if value is not None and not math.isnan(value)}
+    if known:
+        roles["steered by HM3"] = max(known, key=lambda at: (known[at], -at))
+    return roles
+
+
+def _plain(way: Any) -> dict[str, Any]:
+    return {} if way is None else asdict(way)
