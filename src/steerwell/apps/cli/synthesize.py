@@ -139,7 +139,8 @@ def _asked(concept: Concept, prompts: Path | None) -> list[str]:
 
     if prompts is None:
         return [scenario.prompt for scenario in concept.train]
-    found = dict.fromkeys(str(value).strip() for value in column(read_table(prompts), "prompt", str(prompts)) if value)
+    values = column(read_table(prompts), "prompt", str(prompts))
+    found = dict.fromkeys(text for value in values if (text := str(value or "").strip()))
     if not found:
         raise ArgumentError(f"--prompts: column 'prompt' of {prompts} is empty; give user turns there")
     return list(found)
