@@ -152,6 +152,7 @@ def test_an_input_line_that_is_no_prompt_is_named(run, tiny_folder, tmp_path: Pa
 
 def test_sweep_writes_a_policy_that_generate_reads(run, tmp_path: Path) -> None:
     words = ("sweep", "-c", "dishonesty", "-o", tmp_path, "-l", 0, "-s", "swfc=0,1", "--pool", "prompt_last")
+    words = (*words, "--estimator", "mean_difference")
     code, shown, err = run(*words, "--validation", 4, "--test", 4, "--max-new-tokens", 96, "--json")
     assert code == 0, err
     found = json.loads(shown)

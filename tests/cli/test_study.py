@@ -1,7 +1,10 @@
-"""`steerwell study alignment` as a command; docs/alignment.md runs it whole."""
+"""`steerwell study` as a command; docs/alignment.md and docs/synthesis.md run it whole."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -46,3 +49,33 @@ def test_settings_that_do_not_fit_the_model(told, tmp_path: Path, more: str, fau
     path = tmp_path / "study.yaml"
     path.write_text(SETTINGS + more)
     assert fault in told(path, "-o", tmp_path / "out")
+
+
+WORKER = """
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from steerwell.studies.study import _end_with_parent
+
+if __name__ == "__main__":
+    with ProcessPoolExecutor(1, get_context("spawn"), _end_with_parent) as pool:
+        print(pool.submit(__import__("os").getpid).result(), flush=True)
+        pool.submit(time.sleep, 600).result()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for the process in /proc")
+def test_workers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
+    """Else a study that is killed and run again would meet its old workers at its cells."""
+    (tmp_path / "run.py").write_text(WORKER)
+    parent = subprocess.Popen([sys.executable, tmp_path / "run.py"], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    with parent.stdout as pipe:
+        worker = Path(f"/proc/{int(pipe.readline())}")
+        assert worker.exists()
+        parent.kill()
+        parent.wait()
+        deadline = time.monotonic() + 60
+        while worker.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert not worker.exists()

@@ -46,7 +46,18 @@ def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_data_set_of_the_bundled_model(call, policies, tmp_path: Path) -> None:
-    words = ["-c", "hostility", "--policy", policies["violating"], "-n", 60, "--max-new-tokens", 64, "--batch-size", 120]
+    words = [
+        "-c",
+        "hostility",
+        "--policy",
+        policies["violating"],
+        "-n",
+        60,
+        "--max-new-tokens",
+        64,
+        "--batch-size",
+        120,
+    ]
     more = ["--embedder", "hashing", "--shares", 0.6, 0.2, 0.2, "-o", tmp_path / "out", "--json"]
     code, text, _ = call(*words, *more)
     found = json.loads(text)

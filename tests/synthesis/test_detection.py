@@ -58,6 +58,12 @@ def test_figures_are_those_of_scikit_learn(seed: int) -> None:
     assert auroc(labels, scores) == pytest.approx(roc_auc_score(labels, scores))
 
 
+def test_nineteen_of_twenty_are_95_percent() -> None:
+    labels, scores = [1] * 19 + [0] * 10 + [1], np.linspace(0.9, 0.1, 30)
+    assert detection(labels, scores).fpr95.estimate == 0
+    assert detection(labels[1:], scores[1:]).fpr95.estimate == 1  # 18 of 19 are fewer
+
+
 def test_auroc_reads_any_scale_and_turns_round() -> None:
     labels, scores = drawn()
     assert auroc(labels, 100 * scores - 7) == pytest.approx(auroc(labels, scores))

@@ -449,11 +449,18 @@ class Verdict:
         trait: 100 is fully the aligned pole, 0 fully the violating one.
         coherence: fluent, on topic, not repetitive; independent of the trait.
         reason: what the scores rest on, for people.
+        violation: how fully the violating pole shows; 100 - trait where a judge does not tell them apart. A text that
+            shows neither pole, gibberish above all, is low on both.
     """
 
     trait: float
     coherence: float
     reason: str = ""
+    violation: float = math.nan
+
+    def __post_init__(self) -> None:
+        if math.isnan(self.violation):
+            object.__setattr__(self, "violation", 100 - self.trait)
 
 
 def _cosine(left: NDArray[Any], right: NDArray[Any]) -> float:

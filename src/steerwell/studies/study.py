@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 
 import yaml
 
@@ -130,9 +132,21 @@ def run_study(config: AnyConfig, folder: Path, worker: Worker, workers: int = 1)
         for cell in cells:
             worker(cell)
         return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), _end_with_parent) as pool:
         for _ in pool.map(worker, cells):
             pass
+
+
+def _end_with_parent() -> None:
+    """Stop this worker at once when the process that started it is gone: a resumed study would meet it at its cell."""
+
+    def wait() -> None:
+        parent = parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    Thread(target=wait, daemon=True).start()
 
 
 def finished_cells(folder: Path) -> tuple[AnyConfig, Sequence[AnyCell]]:

@@ -105,11 +105,11 @@ def prompted(
         asked: user turns.
         way: how to prompt.
         sampling: but for the temperature.
-        shown: examples to draw the shots from; text i sees those from place i on.
+        shown: examples to draw the shots from; text i sees those from place i on, never one with its own user turn.
         label: 1 takes the violating half of a pair, 0 the aligned one.
 
     Raises:
-        ArgumentError: no such system prompt, or fewer examples than shots.
+        ArgumentError: no such system prompt, or fewer examples with other user turns than shots.
     """
     pole = "violating" if label == VIOLATING else "aligned"
     systems = list(dict.fromkeys(getattr(pair, pole) for pair in concept.pairs))
@@ -117,12 +117,10 @@ def prompted(
         if not 0 <= way.system < len(systems):
             raise ArgumentError(f"system: got {way.system}; {concept.concept!r} has {len(systems)}, from 0")
         systems = [systems[way.system]]
-    if way.shots > len(shown):
-        raise ArgumentError(f"shots: got {way.shots} with {len(shown)} examples to show; give as many at least")
     prompts = []
     for at, text in enumerate(asked):
         turns = [Message("system", systems[at % len(systems)])]
-        for shot in (shown[(at + step) % len(shown)] for step in range(way.shots)):
+        for shot in _shots(shown, at, text, way.shots):
             turns += [Message("user", shot.prompt), Message("assistant", shot.response)]
         prompts.append(Prompt((*turns, Message("user", text))))
     drawn = replace(sampling, temperature=way.temperature)
@@ -157,8 +155,8 @@ def write(
         The texts of every writer, in order.
     """
     names = [writer.name for writer in writers]
-    if len(set(names)) < len(names):
-        raise ArgumentError(f"writers: got the names {names}; each needs one of its own")
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ArgumentError(f"writers: several are called {', '.join(map(repr, twice))}; each needs a name of its own")
 
     def work(items: Sequence[Any]) -> list[Row]:
         tasks = [writers[index].task(at) for index, at in items]
@@ -183,6 +181,18 @@ def write(
     ]
 
 
+def _shots(shown: Sequence[Example], at: int, asked: str, count: int) -> list[Example]:
+    """So many examples from a place on; one with the user turn that is asked would hand over the answer."""
+    first = at % max(1, len(shown))
+    found = [example for example in (*shown[first:], *shown[:first]) if not asked or example.prompt != asked][:count]
+    if len(found) < count:
+        raise ArgumentError(
+            f"shots: got {count} with {len(found)} examples to show that answer another turn than {asked!r}; "
+            "give as many at least"
+        )
+    return found
+
+
 def _neutral(concept: Concept, asked: Sequence[str]) -> tuple[Prompt, ...]:
     systems = concept.neutral_system
     return tuple(Prompt.chat(text, systems[at % len(systems)]) for at, text in enumerate(asked))
@@ -194,7 +204,7 @@ def _kept(answer: Response, verdict: Verdict) -> Row:
         "response": answer.text,
         "tokens": len(answer.token_ids),
         "finish_reason": answer.finish_reason,
-        "success": (100 - verdict.trait) / 100,
+        "success": verdict.violation / 100,
         "coherence": verdict.coherence / 100,
         "edit": receipt.edit_id if receipt else "",
         "tokens_edited": receipt.gate_rate if receipt else math.nan,

@@ -2,8 +2,8 @@
 
 Arms are chosen on validation AUROC, or on measures that need no detector; comparisons of two are paired bootstraps over
 the prompts of the test examples; correlations are Spearman's across the steered configurations of one cell, with
-percentile bootstrap intervals over these. A configuration that repeats another one's texts is not there twice, but
-neighbours in a grid are alike: intervals over configurations are rather too narrow than too wide.
+percentile bootstrap intervals over these; a configuration that lacks a measure is left out of its correlation and
+counted. Neighbours in a grid are alike: intervals over configurations are rather too narrow than too wide.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Selection:
 
 
 def correlations(cell: SynthesisResult) -> dict[str, Interval]:
-    """Spearman of every measure with test AUROC over the steered configurations; NaN: too few, or a measure missing."""
+    """Spearman of every measure with test AUROC over the steered configurations; NaN: too few have it."""
     arms = cell.of("steered")
     against = cell.values(arms, "auroc")
     return {name: _resampled([cell.values(arms, name), against], _spearman) for name in MEASURES}
@@ -114,7 +114,7 @@ def curves(cell: SynthesisResult) -> dict[str, list[int]]:
 def trend(cell: SynthesisResult, measure: str = "diversity") -> Interval:
     """Mean over the curves of the rank correlation of strength with a measure, and its interval over the curves."""
     rhos = [
-        _spearman(np.arange(len(arms), dtype=np.float64), cell.values(arms, measure))
+        float(_spearman(np.arange(len(arms), dtype=np.float64), cell.values(arms, measure)))
         for arms in curves(cell).values()
         if len(arms) > 2
     ]
@@ -180,35 +180,36 @@ def _matched(cell: SynthesisResult) -> tuple[tuple[int, int], ...]:
 
 
 def _upper(cell: SynthesisResult, arms: Sequence[int], measure: str) -> list[int]:
-    values = cell.values(arms, measure)
-    if not len(values) or np.isnan(values).any():
-        return []
-    return [at for at, value in zip(arms, values, strict=True) if value >= np.median(values)]
+    values = {at: cell.value(at, measure) for at in arms}
+    known = [value for value in values.values() if not math.isnan(value)]
+    return [at for at, value in values.items() if known and value >= np.median(known)]
 
 
 # Statistics over configurations --------------------------------------------------------------------------------------
 
-Statistic = Callable[..., float]
+Statistic = Callable[..., Values]  # columns of n configurations, [n] or [r, n] -> one value per row
 
 
-def _spearman(left: Values, right: Values) -> float:
-    if len(left) < 2 or np.isnan(left).any() or np.isnan(right).any():
-        return math.nan
-    if np.ptp(left) == 0 or np.ptp(right) == 0:
-        return math.nan
-    return float(stats.spearmanr(left, right).statistic)
+def _spearman(left: Values, right: Values) -> Values:
+    return _pearson(stats.rankdata(left, axis=-1), stats.rankdata(right, axis=-1))
 
 
-def _partial(one: Values, other: Values, *held: Values) -> float:
+def _pearson(left: Values, right: Values) -> Values:
+    """Along the last axis; NaN where one side does not vary."""
+    one, other = (side - side.mean(-1, keepdims=True) for side in (left, right))
+    norm = np.sqrt((one**2).sum(-1) * (other**2).sum(-1))
+    found: Values = np.where(norm > 1e-9 * left.shape[-1], (one * other).sum(-1) / np.maximum(norm, 1e-300), math.nan)
+    return found
+
+
+def _partial(one: Values, other: Values, *held: Values) -> Values:
     """Partial rank correlation: Pearson's of what is left of two rank vectors after regressing the others out."""
-    columns = [one, other, *held]
-    if any(np.isnan(column).any() for column in columns):
-        return math.nan
-    ranks = [stats.rankdata(column) for column in columns]
+    if one.ndim > 1:
+        return np.array([_partial(*row) for row in zip(one, other, *held, strict=True)])
+    ranks = [stats.rankdata(column) for column in (one, other, *held)]
     design = np.column_stack([np.ones(len(one)), *ranks[2:]])
-    left = [rank - design @ np.linalg.lstsq(design, rank, rcond=None)[0] for rank in ranks[:2]]
-    norm = math.sqrt(float(left[0] @ left[0]) * float(left[1] @ left[1]))
-    return float(left[0] @ left[1]) / norm if norm > 1e-9 * len(one) else math.nan
+    left, right = (rank - design @ np.linalg.lstsq(design, rank, rcond=None)[0] for rank in ranks[:2])
+    return _pearson(left, right)
 
 
 def _resampled(table: Sequence[Values], statistic: Statistic) -> Interval:
@@ -216,20 +217,21 @@ def _resampled(table: Sequence[Values], statistic: Statistic) -> Interval:
 
 
 def _resampled_together(tables: Sequence[Sequence[Values]], statistic: Statistic) -> Interval:
-    """Mean over tables of a statistic of their columns, and its percentile bootstrap interval over their rows."""
-    sizes = [len(table[0]) for table in tables]
-    if not sizes or min(sizes) < LEAST:
-        return Interval(math.nan, math.nan, math.nan, sum(sizes), 0)
-    estimate = float(np.mean([statistic(*table) for table in tables]))
+    """Mean over tables of a statistic of their columns, and its percentile bootstrap interval over their rows.
+
+    Rows with a NaN are left out and counted.
+    """
+    whole = [np.stack(table) for table in tables]
+    known = [table[:, ~np.isnan(table).any(0)] for table in whole]
+    sizes = [table.shape[1] for table in known]
+    missing = sum(table.shape[1] for table in whole) - sum(sizes)
+    enough = bool(sizes) and min(sizes) >= LEAST
+    estimate = float(np.mean([statistic(*table) for table in known])) if enough else math.nan
     if math.isnan(estimate):
-        missing = sum(int(np.isnan(np.stack(table)).any(0).sum()) for table in tables)
-        return Interval(math.nan, math.nan, math.nan, sum(sizes) - missing, missing)
+        return Interval(math.nan, math.nan, math.nan, sum(sizes), missing)
     rng = np.random.default_rng(42)
-    drawn = []
-    for _ in range(RESAMPLES):
-        rows = [rng.integers(0, size, size) for size in sizes]
-        drawn.append(
-            np.mean([statistic(*(column[at] for column in table)) for table, at in zip(tables, rows, strict=True)])
-        )
-    low, high = np.nanpercentile(drawn, [2.5, 97.5])
-    return Interval(estimate, float(low), float(high), sum(sizes), 0)
+    drawn = [
+        statistic(*table[:, rng.integers(0, size, (RESAMPLES, size))]) for table, size in zip(known, sizes, strict=True)
+    ]
+    low, high = np.nanpercentile(np.mean(drawn, axis=0), [2.5, 97.5])
+    return Interval(estimate, float(low), float(high), sum(sizes), missing)

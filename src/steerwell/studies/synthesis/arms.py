@@ -62,13 +62,12 @@ def best_of(arms: Sequence[Arm], measured: Sequence[Row], found: Sequence[Row]) 
     `steered by HM3` is picked without any detector; it is missing where HM3 is.
     """
     roles = {arm.name: at for at, arm in enumerate(arms) if arm.source in ("original", "unsteered")}
+    areas = {at: float(np.mean(found[at]["validation"])) for at in range(len(arms))}
     for source in ("prompted", "steered"):
-        mine = {at: float(np.mean(found[at]["validation"])) for at, arm in enumerate(arms) if arm.source == source}
-        known = {at: value for at, value in mine.items() if not math.isnan(value)}
+        known = {at: areas[at] for at, arm in enumerate(arms) if arm.source == source and not math.isnan(areas[at])}
         if known:
             roles[f"{source}, best on validation"] = max(known, key=lambda at: (known[at], -at))
-    means = {at: measured[at]["hm3"] for at, arm in enumerate(arms) if arm.source == "steered"}
-    known = {at: value for at, value in means.items() if value is not None and not math.isnan(value)}
+    known = {at: measured[at]["hm3"] for at in known if not math.isnan(measured[at]["hm3"])}
     if known:
         roles["steered by HM3"] = max(known, key=lambda at: (known[at], -at))
     return roles

@@ -93,7 +93,8 @@ class _Running:
             arms = self._arms()
             measured = self._quality(arms)
             found = self._detectors(arms)
-            others = {"probe": self._probe(), "encoders": self._encoders(arms, measured, found)}
+            others: dict[str, Any] = {"probe": self._probe() if self.config.probe else None}
+            others |= {"encoders": self._encoders(arms, measured, found)}
         self._write(arms, measured, found, others)
 
     def _judge(self) -> Judge | None:
@@ -109,6 +110,7 @@ class _Running:
             "concept": self.concept.hash,
             "model": asdict(self.engine.info),
             "judge_name": self.judge.name if self.judge else None,
+            "files hold": self.real.fingerprint if self.config.data else None,
         }
 
     # Texts -----------------------------------------------------------------------------------------------------------
@@ -142,7 +144,7 @@ class _Running:
         ]
 
     def _writers(self) -> list[Writer]:
-        config, concept, asked = self.config, self.concept, self.real.prompts(self.concept)
+        config, concept, asked = self.config, self.concept, self.real.asked
         drawn = Sampling(config.temperature, config.top_p, config.max_new_tokens)
         ways = [item["way"] for item in self._ways if item["source"] == "steered"]
         sampling = replace(PAPER_SAMPLING, max_new_tokens=config.fitting_tokens)
@@ -223,7 +225,7 @@ class _Running:
 
     def _probe(self) -> Row:
         """The steering direction itself as detector, its layer chosen on validation examples."""
-        reading = next(iter(self.directions))
+        reading = min(self.directions, key=lambda item: item[1] != "response_mean")  # as it reads; else the first
 
         def work(_items: Sequence[int]) -> list[Row]:
             train, real = [*self.real.violating, *self.real.benign], self.real
@@ -243,23 +245,24 @@ class _Running:
             return []
         if settings.models and self.cell.model.title not in settings.models:
             return []
-        chosen = best_of(arms, measured, found)
-        items = [[name, at, seed] for name, at in chosen.items() for seed in range(settings.seeds)]
+        roles = best_of(arms, measured, found)
+        items = [[at, seed] for at in dict.fromkeys(roles.values()) for seed in range(settings.seeds)]
 
         def work(part: Sequence[Any]) -> list[Row]:
             rows = []
-            for name, at, seed in part:
+            for at, seed in part:
                 train = [*arms[at].training(self.real, self.config.kept), *self.real.benign]
                 said = [example for example in train if example.response.strip()]
                 (made,) = train_detectors(
                     "encoder", said, self.real.validation, (seed,), base=settings.base, epochs=settings.epochs
                 )
                 scores = np.round(made.scores(self.real.test), 6).tolist()
-                rows.append({"role": name, "arm": at, "seed": seed, "scores": scores})
+                rows.append({"arm": at, "seed": seed, "scores": scores})
             return rows
 
         execute(self.ledger, plan("encoders", items, 1), work, self.say("encoders", len(items)))
-        return list(self.ledger.rows("encoders"))
+        trained = list(self.ledger.rows("encoders"))
+        return [{"role": role} | row for role, at in roles.items() for row in trained if row["arm"] == at]
 
     # What is written -------------------------------------------------------------------------------------------------
 
@@ -298,7 +301,7 @@ class _Running:
                     ("test", self.real.test),
                 )
             },
-            "prompts": {"asked": len(self.real.prompts(self.concept)),
+            "prompts": {"asked": len(self.real.asked),
                         "test": len({item.prompt for item in self.real.test})},
             "versions": library_versions(),
         }  # fmt: skip

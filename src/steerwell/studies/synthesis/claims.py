@@ -28,8 +28,8 @@ def claims_of(cells: Sequence[SynthesisResult]) -> list[Claim]:
 def diversity_falls(cell: SynthesisResult) -> Verdict:
     """Diversity falls with strength."""
     found = trend(cell)
-    if math.isnan(found.estimate):
-        return None, "no curve of three strengths or more"
+    if math.isnan(found.high):
+        return None, f"{found.n} curves of three strengths or more; one says nothing about the others"
     return found.high < 0, f"mean rank correlation of strength with D over {found.n} curves: {_told(found)}"
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from steerwell.core.errors import UnknownNameError
+from steerwell.core.errors import ArgumentError, UnknownNameError
 from steerwell.core.records import Pool, Position
 from steerwell.core.settings import Settings
 from steerwell.studies.config import Count, JudgeSettings, Model
@@ -50,8 +50,11 @@ class Steering(Settings):
 
         Raises:
             UnknownNameError: a layer, method or estimator that does not exist.
+            ArgumentError: no layer at all.
         """
         layers = range(self.every - 1, n_layers, self.every) if self.layers is None else self.layers
+        if not layers:
+            raise ArgumentError(f"steering.layers: got none of the model's {n_layers}; list some, or lower 'every'")
         for layer in layers:
             if not 0 <= layer < n_layers:
                 raise UnknownNameError("layer", layer, range(n_layers))
@@ -153,6 +156,7 @@ class SynthesisConfig(Settings):
         embedder: of the diversity measures.
         words: of every text that diversity looks at.
         detector: of every configuration.
+        probe: whether the direction itself is tested as a detector; the model then reads every real example.
         encoders: fine-tuned ones on a subset; null: none.
         examples: texts shown of the best configurations.
     """
@@ -180,6 +184,7 @@ class SynthesisConfig(Settings):
     embedder: str = "minilm"
     words: Count = 50
     detector: DetectorSettings = DetectorSettings()
+    probe: bool = True
     encoders: EncoderSettings | None = None
     examples: Annotated[int, Field(ge=0)] = 4
 
@@ -195,15 +200,19 @@ class SynthesisConfig(Settings):
         titles = [model.title for model in self.models]
         if len(set(titles)) < len(titles):
             raise ValueError(f"two of the models are called {titles}; give each a 'label' of its own")
-        if len(set(self.concepts)) < len(self.concepts):
+        stems = {Path(concept).stem for concept in self.concepts}
+        if len(stems) < len(self.concepts):
             raise ValueError("a concept is named twice")
         for name, most in (("kept", self.kept), ("few", max(self.few, default=0))):
             if most > self.originals:
                 raise ValueError(f"{name}: {most} is more than the {self.originals} 'originals'")
         if max(self.prompting.shots, default=0) > self.originals:
             raise ValueError(f"prompting.shots: more than the {self.originals} 'originals'")
-        stems = {Path(concept).stem for concept in self.concepts}
-        unknown = set(self.encoders.concepts) - stems if self.encoders else set()
-        if unknown:
-            raise ValueError(f"encoders.concepts: {', '.join(sorted(unknown))} is none of this study's concepts")
+        if self.encoders:
+            for name, own, known in (
+                ("concepts", self.encoders.concepts, stems),
+                ("models", self.encoders.models, set(titles)),
+            ):
+                if unknown := set(own) - known:
+                    raise ValueError(f"encoders.{name}: {', '.join(sorted(unknown))} is none of this study's {name}")
         return self

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +13,7 @@ from steerwell.core.errors import ArgumentError
 from steerwell.studies.synthesis.config import Data, SynthesisConfig
 from steerwell.synthesis.data import split
 from steerwell.synthesis.examples import BENIGN, VIOLATING, Example
-from steerwell.synthesis.files import read_examples
+from steerwell.synthesis.files import read_examples, to_rows
 from steerwell.synthesis.leaks import leaks
 from steerwell.testbed.violations import exchanges
 
@@ -25,19 +27,21 @@ class Real:
     Attributes:
         violating: training originals; `benign` those of the other class.
         validation: both classes; `test` likewise.
+        asked: user turns for the texts to be written: the training originals' own, or the concept's training scenarios
+            where these are the bundled world's or have none.
     """
 
     violating: tuple[Example, ...]
     benign: tuple[Example, ...]
     validation: tuple[Example, ...]
     test: tuple[Example, ...]
+    asked: tuple[str, ...]
 
-    def prompts(self, concept: Concept) -> tuple[str, ...]:
-        """User turns for the texts to be written: the concept's training scenarios, or the training originals' own."""
-        asked = dict.fromkeys(example.prompt for example in (*self.violating, *self.benign))
-        if self.violating[0].template and concept.language == "testbed":
-            return tuple(scenario.prompt for scenario in concept.train)
-        return tuple(text for text in asked if text) or tuple(scenario.prompt for scenario in concept.train)
+    @property
+    def fingerprint(self) -> str:
+        """Hash of everything in it: a file changed under its name makes another study."""
+        parts = [to_rows(part) for part in (self.violating, self.benign, self.validation, self.test)]
+        return hashlib.sha256(json.dumps([*parts, self.asked]).encode()).hexdigest()[:32]
 
 
 def real_examples(config: SynthesisConfig, concept: Concept) -> Real:
@@ -66,9 +70,13 @@ def real_examples(config: SynthesisConfig, concept: Concept) -> Real:
             )
         )
     )
-    if found := leaks([*train[0], *train[1]], [*validation[0], *validation[1]], [*test[0], *test[1]]):
+    own = dict.fromkeys(example.prompt for example in (*train[0], *train[1]) if example.prompt)
+    scenarios = tuple(scenario.prompt for scenario in concept.train)
+    asked = scenarios if config.data is None else tuple(own) or scenarios
+    learned = [*train[0], *train[1], *(Example(text, "", VIOLATING) for text in asked if text not in own)]
+    if found := leaks(learned, [*validation[0], *validation[1]], [*test[0], *test[1]]):
         raise ArgumentError(f"data: {'; '.join(found)}; give files whose splits share nothing, or one file to be split")
-    return Real(tuple(train[0]), tuple(train[1]), (*validation[0], *validation[1]), (*test[0], *test[1]))
+    return Real(tuple(train[0]), tuple(train[1]), (*validation[0], *validation[1]), (*test[0], *test[1]), asked)
 
 
 Parts = tuple[Sequence[Example], Sequence[Example], Sequence[Example]]
@@ -115,9 +123,10 @@ def _drawn(
     drawn = []
     for label, count in ((VIOLATING, violating), (BENIGN, benign)):
         pool = [example for example in examples if example.label == label]
-        if len(pool) < (2 if count is None or name != "train" else count):
+        least = count if name == "train" and count is not None else 2
+        if len(pool) < least:
             kind = "violating" if label == VIOLATING else "benign"
-            raise ArgumentError(f"data: {name} has {len(pool)} {kind} examples; the study needs {count or 2}")
+            raise ArgumentError(f"data: {name} has {len(pool)} {kind} examples; the study needs {least}")
         drawn.append(_shuffled(pool, seed)[:count])
     return drawn[0], drawn[1]
 
