@@ -85,9 +85,11 @@ def steered(
     return Writer("steered", name, _neutral(concept, asked), sampling, label, edit)
 
 
-def unsteered(concept: Concept, asked: Sequence[str], sampling: Sampling, label: int) -> Writer:
+def unsteered(
+    concept: Concept, asked: Sequence[str], sampling: Sampling, label: int, name: str = "unsteered"
+) -> Writer:
     """The model as it is, under the concept's neutral system prompts in turn."""
-    return Writer("unsteered", "unsteered", _neutral(concept, asked), sampling, label)
+    return Writer("unsteered", name, _neutral(concept, asked), sampling, label)
 
 
 def prompted(

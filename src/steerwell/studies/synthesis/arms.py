@@ -14,6 +14,8 @@ from steerwell.studies.synthesis.config import SynthesisConfig
 from steerwell.studies.synthesis.real import Real
 from steerwell.synthesis.examples import Example, Source
 
+BROKEN = "unsteered, broken"  # the control whose texts are broken by a high temperature
+
 
 @dataclass(frozen=True, eq=False)
 class Arm:

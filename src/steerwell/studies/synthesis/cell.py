@@ -31,7 +31,7 @@ from steerwell.studies.config import Model
 from steerwell.studies.fitting import PAPER_SAMPLING, Say, fitted
 from steerwell.studies.judging import concept_of, judge_for
 from steerwell.studies.sweep import DIRECTIONS
-from steerwell.studies.synthesis.arms import Arm, arms_of, best_of
+from steerwell.studies.synthesis.arms import BROKEN, Arm, arms_of, best_of
 from steerwell.studies.synthesis.bench import Bench
 from steerwell.studies.synthesis.config import SynthesisConfig
 from steerwell.studies.synthesis.real import Real, real_examples
@@ -141,6 +141,7 @@ class _Running:
             *({"source": "steered", "way": way} for way in steering),
             *({"source": "prompted", "way": way} for way in prompting),
             {"source": "unsteered", "way": None},
+            {"source": "unsteered", "way": None},  # so hot that the texts break
         ]
 
     def _writers(self) -> list[Writer]:
@@ -165,9 +166,12 @@ class _Running:
                 made.append(steered(concept, asked, way.describe(), edit, drawn))
             elif item["source"] == "prompted":
                 made.append(prompted(concept, asked, way, drawn, self.real.violating))
-            else:
-                made.append(unsteered(concept, asked, drawn, VIOLATING))
-        return made
+        hot = replace(drawn, temperature=config.broken)
+        return [
+            *made,
+            unsteered(concept, asked, drawn, VIOLATING),
+            unsteered(concept, asked, hot, VIOLATING, BROKEN),
+        ]
 
     # Measuring -------------------------------------------------------------------------------------------------------
 

@@ -150,6 +150,8 @@ class SynthesisConfig(Settings):
         few: smaller numbers of originals, each a control of its own.
         benign: benign originals in every training.
         validation: examples of each class to select on; test: to report on; null: all there are.
+        broken: temperature of a control: unsteered texts that break without any steering. A detector that does well
+            on these finds what is unlike the benign examples, whatever it is.
         temperature: of steered and unsteered texts; `top_p` and `max_new_tokens` of all.
         fitting_tokens: longest contrastive answer that directions are fitted on.
         batch_size: rows per forward pass.
@@ -176,6 +178,7 @@ class SynthesisConfig(Settings):
     benign: Annotated[int, Field(ge=2)] = 100
     validation: Annotated[int | None, Field(ge=2)] = 100
     test: Annotated[int | None, Field(ge=2)] = 200
+    broken: Annotated[float, Field(gt=0)] = 3.0
     temperature: Annotated[float, Field(gt=0)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_new_tokens: Count = 96
@@ -200,6 +203,8 @@ class SynthesisConfig(Settings):
         titles = [model.title for model in self.models]
         if len(set(titles)) < len(titles):
             raise ValueError(f"two of the models are called {titles}; give each a 'label' of its own")
+        if self.broken == self.temperature:
+            raise ValueError(f"broken: {self.broken} is the temperature of all texts; give a higher one, such as 3")
         stems = {Path(concept).stem for concept in self.concepts}
         if len(stems) < len(self.concepts):
             raise ValueError("a concept is named twice")
