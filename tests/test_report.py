@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import html
 import json
 import math
 import re
 import xml.etree.ElementTree as ET
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -23,14 +21,14 @@ from steerwell.core.errors import ArgumentError
 from steerwell.studies.claims import Claim, Finding, claims_of
 from steerwell.studies.conversation import MEASURES as TURN_MEASURES
 from steerwell.studies.report import write_report
-from steerwell.studies.report.failures import failures
-from steerwell.studies.report.figures import Tried, pareto_front
-from steerwell.studies.report.measures import gap_closed, overview
+from steerwell.studies.report.alignment.failures import failures
+from steerwell.studies.report.alignment.figures import Tried, pareto_front
+from steerwell.studies.report.alignment.measures import gap_closed, overview
 from steerwell.studies.report.text import MISSING, code_block, escaped, number, table
 from steerwell.studies.results import CellResult
 from steerwell.studies.trials import MEASURES
+from tests.reading import HOSTILE, Tables, markdown_tables
 
-HOSTILE = "a | b\n\n# <script>alert(1)</script>\n</td></table> `c` **d** ![e](http://evil.example/x.png) \\| <!-- $f$"
 NAN = math.nan
 ALIGNED, ATTACKED, STEERED = [100, 100, 100, 80], [0, 20, 0, 20], [90, 70, 80, 60]  # means 95, 10, 75
 WAYS = [("swfc", 0, 1.0, "all"), ("swfc", 0, 2.0, "all"), ("swfc", 1, 2.0, "all"), ("stmp", 1, 2.0, "response"),
@@ -180,58 +178,6 @@ def text(written) -> str:
 @pytest.fixture(scope="module")
 def page(written) -> str:
     return written.page.read_text(encoding="utf-8")
-
-
-def seen(cell: str) -> str:
-    """What a reader sees of a cell of a Markdown table."""
-    bare = re.sub(r"\[(.*?)\]\(#.*?\)", r"\1", re.sub(r"<[^>]*>", " ", cell)).replace("**", "").replace("`", "")
-    return re.sub(" +", " ", html.unescape(bare)).strip(" ")
-
-
-def markdown_tables(text: str) -> list[list[list[str]]]:
-    """Every table by splitting lines at their bars, without the rules below their heads."""
-    found, last = [], ""
-    for line in text.splitlines():
-        if line.startswith("|"):
-            if not last.startswith("|"):
-                found.append([])
-            if not re.fullmatch(r"[|: -]+", line):
-                found[-1].append([seen(cell) for cell in line.strip()[1:-1].split("|")])
-        last = line
-    return found
-
-
-class Tables(HTMLParser):
-    """Every table of a page, and every tag."""
-
-    def __init__(self, source: str) -> None:
-        super().__init__()
-        self.found: list[list[list[str]]] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.inside = False
-        self.feed(source)
-
-    def handle_starttag(self, tag: str, attrs) -> None:
-        self.tags.append((tag, dict(attrs)))
-        if tag == "table":
-            self.found.append([])
-        elif tag == "tr":
-            self.found[-1].append([])
-        elif tag in ("td", "th"):
-            self.found[-1][-1].append("")
-            self.inside = True
-        elif self.inside:
-            self.found[-1][-1][-1] += " "
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag in ("td", "th"):
-            self.inside = False
-        elif self.inside:
-            self.found[-1][-1][-1] += " "
-
-    def handle_data(self, data: str) -> None:
-        if self.inside:
-            self.found[-1][-1][-1] += data
 
 
 def table_after(text: str, heading: str, section: str = "## pilot, hostility") -> dict[str, dict[str, str]]:
@@ -494,7 +440,7 @@ def test_claims_show_how_they_fare(text: str, study: Path) -> None:
 
 
 def test_a_claims_detail_is_only_text(cell: CellResult) -> None:
-    from steerwell.studies.report.tables import findings
+    from steerwell.studies.report.claims import findings
 
     claim = Claim("one", "It.", "so", (Finding("m", "c", None, HOSTILE), Finding("m", "c", False, "no")))
     assert "<script" not in findings([claim], 0)

@@ -1,4 +1,7 @@
-"""The report of an alignment study: one Markdown text, and the same as one HTML page that needs nothing else."""
+"""What a study found: one Markdown text, and the same as one HTML page that needs nothing else.
+
+`alignment` and `synthesis` say what is told of a study of their kind; the rest is shared.
+"""
 
 from steerwell.studies.report.write import Report, write_report
 

@@ -68,6 +68,13 @@ def look(name: str) -> Look:
     return Look(found.colour, found.marker, "--") if rest else found
 
 
+def level(axes: Any, value: float, label: str) -> None:
+    """A dotted line, named where it is."""
+    axes.axhline(value, color=INK, linestyle=":", linewidth=1, alpha=0.6)
+    axes.annotate(label, (1, value), (0, 2), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right",
+                  fontsize=7.5, alpha=0.8)  # fmt: skip
+
+
 def svg(draw: Callable[[Any], None], size: tuple[float, float] = SIZE) -> bytes:
     """A figure of one panel as SVG, the same bytes for the same drawing.
 

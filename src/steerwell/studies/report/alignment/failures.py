@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from steerwell.studies.claims import Claim
 from steerwell.studies.defence import COHERENCE_FLOOR
-from steerwell.studies.report.measures import CALM, WORDS, defences, ended_early, share, threats
+from steerwell.studies.report.alignment.measures import CALM, WORDS, defences, ended_early, share, threats
 from steerwell.studies.report.text import PERCENT, number
 from steerwell.studies.results import CellResult
 

@@ -11,27 +11,13 @@ import numpy as np
 
 from steerwell.studies.conversation import curve
 from steerwell.studies.defence import COHERENCE_FLOOR, Configuration
-from steerwell.studies.report.draw import INK, SIZE, look, svg
-from steerwell.studies.report.measures import Overview
+from steerwell.studies.report.alignment.measures import Overview
+from steerwell.studies.report.content import Picture
+from steerwell.studies.report.draw import INK, SIZE, level, look, svg
 from steerwell.studies.results import CellResult
 
 CROWD = 100  # points from which they are drawn small
 SCORES = (-4, 104)  # axis of a score, with room for markers
-
-
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """A figure.
-
-    Attributes:
-        name: of the file, with its ending.
-        alt: what it shows, for those who do not see it.
-        data: the file.
-    """
-
-    name: str
-    alt: str
-    data: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,8 +125,8 @@ def _by_layer(cell: CellResult, tried: Tried) -> Picture:
             weak = [at for at in along if tried.coherence[at] < tried.floor]
             axes.plot([tried.ways[at].layer for at in weak], [tried.trait[at] for at in weak], "o", markersize=10,
                       markerfacecolor="none", markeredgecolor=INK, alpha=0.6)  # fmt: skip
-        _level(axes, tried.baseline[0], "not attacked")
-        _level(axes, tried.attacked[0], "attacked")
+        level(axes, tried.baseline[0], "not attacked")
+        level(axes, tried.attacked[0], "attacked")
         last = max(way.layer for way in cell.ways)
         axes.set(title="Trait by layer", xlabel="layer", ylabel="trait, 0-100", ylim=SCORES, xlim=(-0.4, last + 0.4))
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -159,7 +145,7 @@ def _by_strength(cell: CellResult, tried: Tried, method: str) -> Picture:
         axes.plot(strengths, [tried.trait[at] for at in along], **drawn.drawn, label="trait")
         dotted = drawn.drawn | {"linestyle": ":", "markerfacecolor": "none", "label": "coherence"}
         axes.plot(strengths, [tried.coherence[at] for at in along], **dotted)
-        _level(axes, tried.floor, "least coherence")
+        level(axes, tried.floor, "least coherence")
         values = sorted({way.strength for way in cell.ways if way.method == method})
         room = 0.05 * (values[-1] - values[0])
         axes.set(xlim=(values[0] - room, values[-1] + room), ylim=SCORES)
@@ -253,13 +239,6 @@ def _by_turn(cell: CellResult, measure: str) -> Picture:
 
     alt = f"Mean {measure} by turn of the conversations, every condition"
     return Picture(f"turns-{measure}.svg", alt, svg(draw, (SIZE[0], SIZE[1] + 0.4)))
-
-
-def _level(axes: Any, value: float, label: str) -> None:
-    """A dotted line, named where it is."""
-    axes.axhline(value, color=INK, linestyle=":", linewidth=1, alpha=0.6)
-    axes.annotate(label, (1, value), (0, 2), xycoords=("axes fraction", "data"), textcoords="offset points", ha="right",
-                  fontsize=7.5, alpha=0.8)  # fmt: skip
 
 
 def _pair(figures: Mapping[str, float | None]) -> tuple[float, float]:

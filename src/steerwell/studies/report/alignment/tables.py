@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 
-from steerwell.studies.claims import Claim
 from steerwell.studies.conversation import curve
-from steerwell.studies.report.measures import (
+from steerwell.studies.report.alignment.measures import (
     BOOTSTRAP,
     CALM,
     Overview,
@@ -36,27 +35,6 @@ def overviews(cells: Sequence[Overview]) -> Markdown:
         kept = number(cell.coherence_kept, 0, PERCENT)
         rows.append([name, cell.defence or "none", *pairs, spread(cell.gap_closed, 0, PERCENT), kept, cell.scenarios])
     return table(header, rows, left=2)
-
-
-def claims(found: Sequence[Claim]) -> Markdown:
-    """Every claim, and in how many cells it holds."""
-    rows = []
-    for claim in found:
-        holds, measured = claim.tally
-        if not measured:
-            told = _mark("unknown", "not measured")
-        else:
-            told = _mark("holds" if holds == measured else "partly" if holds else "fails", f"{holds} of {measured}")
-        rows.append([told, Markdown(f"**{claim.name}**<br>{claim.statement}"), Markdown(claim.criterion)])
-    return table(("holds in", "the paper's claim", "criterion here"), rows, left=3)
-
-
-def findings(found: Sequence[Claim], at: int) -> Markdown:
-    """What every claim rests on in one cell."""
-    mine = [(claim.name, claim.findings[at]) for claim in found]
-    verdicts = {True: ("holds", "holds"), False: ("fails", "fails"), None: ("unknown", "not measured")}
-    rows = [[name, _mark(*verdicts[item.holds]), item.detail] for name, item in mine]
-    return table(("claim", "verdict", "figures"), rows, left=3)
 
 
 def baselines(cell: CellResult) -> Markdown:
@@ -261,9 +239,3 @@ def _known(value: object) -> float:
 def _pair(trait: float, coherence: float) -> Markdown:
     told = [number(trait), number(coherence)]
     return MISSING if told == [MISSING, MISSING] else Markdown(" / ".join(told))
-
-
-def _mark(kind: str, text: str) -> Markdown:
-    """A verdict that shows, in colour on the page."""
-    sign = {"holds": "✓", "unknown": "–"}.get(kind, "✗")
-    return Markdown(f'<span class="{kind}">{sign} {text}</span>')
