@@ -66,6 +66,13 @@ def correlations(cell: SynthesisResult) -> dict[str, Interval]:
     return {name: _resampled([cell.values(arms, name), against], _spearman) for name in MEASURES}
 
 
+def lead(cell: SynthesisResult, measure: str, rival: str) -> Interval:
+    """How much closer a measure follows test AUROC than a rival does: the difference of their Spearman correlations."""
+    arms = cell.of("steered")
+    columns = [cell.values(arms, name) for name in (measure, rival, "auroc")]
+    return _resampled(columns, lambda one, other, area: _spearman(one, area) - _spearman(other, area))
+
+
 def mean_correlations(cells: Sequence[SynthesisResult]) -> dict[str, Interval]:
     """The same within one concept over several models: the mean of the cells' correlations; models are not pooled."""
     found = {}

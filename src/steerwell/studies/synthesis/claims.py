@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from steerwell.scoring.intervals import Interval
 from steerwell.studies.claims import Claim, Finding
-from steerwell.studies.synthesis.analysis import against, correlations, falsifier, share_above, trend
+from steerwell.studies.synthesis.analysis import against, correlations, falsifier, lead, share_above, trend
 from steerwell.studies.synthesis.results import MEASURABLE, SynthesisResult
 
 PAPER_SHARE = 41 / 136  # of the configurations, which beat prompting there
@@ -64,9 +64,9 @@ def hm3_follows(cell: SynthesisResult) -> Verdict:
     if math.isnan(found["hm3"].estimate):
         return None, "no judge, or too few configurations"
     told = ", ".join(f"{name} {_told(found[name])}" for name in ("hm3", "hm2", "success", "coherence", "diversity"))
-    rivals = [found[name].estimate for name in ("success", "coherence")]
-    ahead = all(math.isnan(rival) or found["hm3"].estimate > rival for rival in rivals)
-    return found["hm3"].low > 0 and ahead, told
+    ahead = {name: lead(cell, "hm3", name) for name in ("success", "coherence")}
+    told += "; ahead of " + ", ".join(f"{name} by {_told(each)}" for name, each in ahead.items())
+    return found["hm3"].low > 0 and all(each.low > 0 for each in ahead.values()), told
 
 
 def diversity_matters(cell: SynthesisResult) -> Verdict:
@@ -118,7 +118,7 @@ _CLAIMS: tuple[tuple[str, str, str, Callable[[SynthesisResult], Verdict]], ...] 
     (
         "HM3 follows AUROC",
         "HM3 follows AUROC more consistently than success and coherence do.",
-        "Its rank correlation with AUROC is surely positive and higher than theirs.",
+        "Its rank correlation with AUROC is surely positive, and surely higher than each of theirs.",
         hm3_follows,
     ),
     (

@@ -22,6 +22,7 @@ from steerwell.studies.synthesis.analysis import (
     share_above,
     top,
 )
+from steerwell.studies.synthesis.arms import BROKEN
 from steerwell.studies.synthesis.results import MEASURABLE, SynthesisResult
 from steerwell.synthesis.detection import Comparison, Detection, compare, detection
 from steerwell.synthesis.examples import Example
@@ -74,7 +75,7 @@ class Cell:
         cell = self.result
         controls = sorted(self.arms(ORIGINAL), key=lambda at: (-cell.value(at, "texts"), at))
         found: dict[str, int | None] = {str(cell.arms[at]["arm"]): at for at in controls}
-        found[UNSTEERED] = next(iter(self.arms(UNSTEERED)), None)
+        found |= {name: cell.named(name) for name in (UNSTEERED, BROKEN)}
         found |= {PROMPTED: cell.best("prompted"), STEERED: cell.best("steered")}
         found[BY_HM3] = next(iter(top(cell, "hm3", 1)), None)
         return {name: at for name, at in found.items() if at is not None}
@@ -165,7 +166,7 @@ class Overview:
         unmeasurable: why nothing can be told here; None: something can.
         original: trained on all originals.
         few: trained on fewer, by the arm's name.
-        unsteered: trained on unsteered texts.
+        unsteered: trained on unsteered texts; `broken`: on such as broke without any steering.
         prompted: on the prompted configuration that validation picks; `steered` likewise.
         by_hm3: on the steered configuration with the highest HM3.
         probe: the steering direction itself as detector.
@@ -180,6 +181,7 @@ class Overview:
     original: Interval
     few: Mapping[str, Interval]
     unsteered: Interval
+    broken: Interval
     prompted: Interval
     steered: Interval
     by_hm3: Interval
@@ -208,6 +210,7 @@ def overview(cell: Cell) -> Overview:
         cell.auroc(ORIGINAL),
         {name: cell.auroc(name) for name in controls if name != ORIGINAL},
         cell.auroc(UNSTEERED),
+        cell.auroc(BROKEN),
         cell.auroc(PROMPTED),
         cell.auroc(STEERED),
         cell.auroc(BY_HM3),

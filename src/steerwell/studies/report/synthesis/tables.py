@@ -32,7 +32,7 @@ BEST = 5  # configurations listed by each rule
 
 def overviews(cells: Sequence[Overview]) -> Markdown:
     """All cells, one per row; each leads to its section."""
-    header = ("model, concept", "originals", "few originals", "unsteered", "best prompted", "best steered",
+    header = ("model, concept", "originals", "few originals", "unsteered", "broken", "best prompted", "best steered",
               "steered by HM3", "steered less prompted", "beat prompting", "probe")  # fmt: skip
     rows = []
     for at, cell in enumerate(cells, 1):
@@ -40,7 +40,7 @@ def overviews(cells: Sequence[Overview]) -> Markdown:
         if cell.unmeasurable:
             name += f"<br>{mark('unknown', 'not measurable')}"
         few = "<br>".join(f"{_count(arm)}: {number(found.estimate, DIGITS)}" for arm, found in cell.few.items())
-        figures = [cell.unsteered, cell.prompted, cell.steered, cell.by_hm3, cell.difference]
+        figures = [cell.unsteered, cell.broken, cell.prompted, cell.steered, cell.by_hm3, cell.difference]
         beating = f"{cell.beating} of {cell.configurations}" if cell.configurations else ""
         rows.append([Markdown(name), spread(cell.original, DIGITS), Markdown(few),
                      *(spread(found, DIGITS) for found in figures), beating, spread(cell.probe, DIGITS)])  # fmt: skip
