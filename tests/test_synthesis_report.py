@@ -18,9 +18,10 @@ from scipy import stats
 from steerwell.scoring.quality import harmonic_mean
 from steerwell.studies.report import write_report
 from steerwell.studies.report.synthesis.failures import failures
-from steerwell.studies.report.synthesis.measures import BY_HM3, PROMPTED, STEERED, Cell, overview
+from steerwell.studies.report.synthesis.measures import Cell, overview
 from steerwell.studies.synthesis import analysis
 from steerwell.studies.synthesis.analysis import falsifier, selections
+from steerwell.studies.synthesis.arms import BY_HM3, PROMPTED, STEERED
 from steerwell.studies.synthesis.cell import ARMS, SCORES, TEST, TEXTS
 from steerwell.studies.synthesis.claims import claims_of
 from steerwell.studies.synthesis.results import SynthesisResult

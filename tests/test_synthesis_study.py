@@ -31,7 +31,7 @@ from steerwell.scoring.quality import quality
 from steerwell.steering.interventions import build
 from steerwell.studies.defence import Configuration
 from steerwell.studies.synthesis import cell as cell_module
-from steerwell.studies.synthesis.arms import Arm, arms_of, best_of
+from steerwell.studies.synthesis.arms import Arm, arms_of, roles_of
 from steerwell.studies.synthesis.cell import SynthesisCell
 from steerwell.studies.synthesis.config import SynthesisConfig
 from steerwell.studies.synthesis.real import Real, real_examples
@@ -303,18 +303,23 @@ def content_but(folder: Path, phase: str) -> list[object]:
 
 
 def test_an_arm_without_detectors_is_never_singled_out() -> None:
-    arms = [Arm(name, source, (), {}) for name, source in (
-        ("a", "steered"), ("b", "steered"), ("c", "steered"), ("d", "prompted"), ("original", "original"),
-        ("unsteered", "unsteered"))]  # fmt: skip
     nan = math.nan
-    found = [{"validation": [area] * 3} for area in (nan, 0.6, 0.7, nan, 0.9, 0.5)]
-    measured = [{"hm3": value} for value in (0.9, 0.8, 0.1, 0.5, nan, 0.2)]
-    assert best_of(arms, measured, found) == {
-        "original": 4, "unsteered": 5, "steered, best on validation": 2, "steered by HM3": 1,
+    rows = [
+        {"arm": name, "source": source, "auroc_validation": area, "hm3": hm3}
+        for name, source, area, hm3 in (
+            ("a", "steered", nan, 0.9),
+            ("b", "steered", 0.6, 0.8),
+            ("c", "steered", 0.7, 0.1),
+            ("d", "prompted", nan, 0.5),
+            ("original", "original", 0.9, nan),
+            ("unsteered", "unsteered", 0.5, 0.2),
+        )
+    ]
+    assert roles_of(rows) == {"original": 4, "unsteered": 5, "steered, best on validation": 2, "steered by HM3": 1}
+    unjudged = [row | {"hm3": None, "auroc_validation": 0.7} for row in rows]
+    assert roles_of(unjudged) == {
+        "original": 4, "unsteered": 5, "prompted, best on validation": 3, "steered, best on validation": 0,
     }  # fmt: skip
-    measured = [{"hm3": nan}] * 6
-    found[1] = found[2]
-    assert best_of(arms, measured, found) == {"original": 4, "unsteered": 5, "steered, best on validation": 1}
 
 
 # Resuming ------------------------------------------------------------------------------------------------------------

@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
 from steerwell.runs.ledger import Row
 from steerwell.studies.synthesis.config import SynthesisConfig
 from steerwell.studies.synthesis.real import Real
 from steerwell.synthesis.examples import Example, Source
 
+ORIGINAL, UNSTEERED = "original", "unsteered"
 BROKEN = "unsteered, broken"  # the control whose texts are broken by a high temperature
+PROMPTED, STEERED, BY_HM3 = "prompted, best on validation", "steered, best on validation", "steered by HM3"
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,21 +58,29 @@ def arms_of(
     return [*written, *(Arm(name, "original", tuple(found), {}) for name, found in controls.items())]
 
 
-def best_of(arms: Sequence[Arm], measured: Sequence[Row], found: Sequence[Row]) -> dict[str, int]:
-    """Arms singled out, by role: controls, and of every source the one with the best validation AUROC.
+def roles_of(rows: Sequence[Row]) -> dict[str, int]:
+    """Arms singled out, by role: the controls, and of prompted and steered ones that with the best validation AUROC.
 
-    `steered by HM3` is picked without any detector; it is missing where HM3 is.
+    `steered by HM3` is picked without any detector; a role that no arm can have is missing.
+
+    Args:
+        rows: one per arm: its `arm` (name), `source`, `auroc_validation` and `hm3`.
     """
-    roles = {arm.name: at for at, arm in enumerate(arms) if arm.source in ("original", "unsteered")}
-    areas = {at: float(np.mean(found[at]["validation"])) for at in range(len(arms))}
-    for source in ("prompted", "steered"):
-        known = {at: areas[at] for at, arm in enumerate(arms) if arm.source == source and not math.isnan(areas[at])}
+    roles = {str(row["arm"]): at for at, row in enumerate(rows) if row["source"] in (ORIGINAL, UNSTEERED)}
+    for role, source, measure in (
+        (PROMPTED, "prompted", "auroc_validation"),
+        (STEERED, "steered", "auroc_validation"),
+        (BY_HM3, "steered", "hm3"),
+    ):
+        mine = [at for at, row in enumerate(rows) if row["source"] == source and _known(row["auroc_validation"])]
+        known = {at: rows[at][measure] for at in mine if _known(rows[at][measure])}
         if known:
-            roles[f"{source}, best on validation"] = max(known, key=lambda at: (known[at], -at))
-    known = {at: measured[at]["hm3"] for at in known if not math.isnan(measured[at]["hm3"])}
-    if known:
-        roles["steered by HM3"] = max(known, key=lambda at: (known[at], -at))
+            roles[role] = max(known, key=lambda at: (known[at], -at))
     return roles
+
+
+def _known(value: float | None) -> bool:
+    return value is not None and not math.isnan(value)
 
 
 def _plain(way: Any) -> dict[str, Any]:

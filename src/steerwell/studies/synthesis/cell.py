@@ -31,7 +31,7 @@ from steerwell.studies.config import Model
 from steerwell.studies.fitting import PAPER_SAMPLING, Say, fitted
 from steerwell.studies.judging import concept_of, judge_for
 from steerwell.studies.sweep import DIRECTIONS
-from steerwell.studies.synthesis.arms import BROKEN, Arm, arms_of, best_of
+from steerwell.studies.synthesis.arms import BROKEN, Arm, arms_of, roles_of
 from steerwell.studies.synthesis.bench import Bench
 from steerwell.studies.synthesis.config import SynthesisConfig
 from steerwell.studies.synthesis.real import Real, real_examples
@@ -91,11 +91,20 @@ class _Running:
         self.real: Real = real_examples(self.config, self.concept)
         with Ledger(self.folder / "ledger.sqlite", self._about()) as self.ledger:
             arms = self._arms()
-            measured = self._quality(arms)
-            found = self._detectors(arms)
+            measured, found = self._quality(arms), self._detectors(arms)
+            rows = [
+                arm.fields()
+                | figures
+                | {
+                    "auroc_validation": float(np.mean(row["validation"])),
+                    "auroc": float(np.mean(row["test"])),
+                    "auroc_seeds": row["test"],
+                }
+                for arm, figures, row in zip(arms, measured, found, strict=True)
+            ]
             others: dict[str, Any] = {"probe": self._probe() if self.config.probe else None}
-            others |= {"encoders": self._encoders(arms, measured, found)}
-        self._write(arms, measured, found, others)
+            others |= {"encoders": self._encoders(arms, roles_of(rows))}
+        self._write(arms, rows, np.array([row["scores"] for row in found], np.float32), others)
 
     def _judge(self) -> Judge | None:
         if self.config.judge is None:
@@ -242,14 +251,13 @@ class _Running:
         (row,) = self.ledger.rows("probe")
         return {"reading": "-".join(reading)} | row
 
-    def _encoders(self, arms: Sequence[Arm], measured: Sequence[Row], found: Sequence[Row]) -> list[Row]:
+    def _encoders(self, arms: Sequence[Arm], roles: Mapping[str, int]) -> list[Row]:
         """Fine-tuned encoders of the controls and of what was selected, where this cell is one of the subset."""
         settings = self.config.encoders
         if settings is None or Path(self.cell.concept).stem not in settings.concepts:
             return []
         if settings.models and self.cell.model.title not in settings.models:
             return []
-        roles = best_of(arms, measured, found)
         items = [[at, seed] for at in dict.fromkeys(roles.values()) for seed in range(settings.seeds)]
 
         def work(part: Sequence[Any]) -> list[Row]:
@@ -271,32 +279,23 @@ class _Running:
     # What is written -------------------------------------------------------------------------------------------------
 
     def _write(
-        self, arms: Sequence[Arm], measured: Sequence[Row], found: Sequence[Row], others: Mapping[str, Any]
+        self, arms: Sequence[Arm], rows: Sequence[Row], scores: np.ndarray[Any, Any], others: Mapping[str, Any]
     ) -> None:
         from safetensors.numpy import save_file
 
-        rows = [
-            arm.fields()
-            | quality_row
-            | {
-                "auroc_validation": float(np.mean(row["validation"])),
-                "auroc": float(np.mean(row["test"])),
-                "auroc_seeds": row["test"],
-            }
-            for arm, quality_row, row in zip(arms, measured, found, strict=True)
-        ]
         write_table(self.folder / ARMS, rows)
         texts: list[Example] = [example for arm in arms if arm.source != "original" for example in arm.examples]
         write_examples(self.folder / TEXTS, texts)
         write_examples(self.folder / TEST, self.real.test)
-        scores = np.array([row["scores"] for row in found], np.float32)
         save_file({"test": scores, "labels": labels(self.real.test)}, self.folder / SCORES)
+        worth = getattr(self.judge, "quality", None)
         cell = {
             "model": self.cell.model.title,
             "concept": self.concept.concept,
             "poles": self.concept.poles.model_dump(),
             "info": {name: value for name, value in asdict(self.engine.info).items() if name != "signature"},
             "judge": self.judge.name if self.judge else None,
+            "judge_quality": None if worth is None else {"trusted": worth.trusted, "words": worth.describe()},
             "real": {
                 name: {"violating": int(labels(part).sum()), "benign": int((labels(part) == 0).sum())}
                 for name, part in (

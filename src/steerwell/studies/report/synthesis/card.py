@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from steerwell.studies.report.synthesis.measures import BY_HM3, ORIGINAL, PROMPTED, STEERED, UNSTEERED, Cell
+from steerwell.studies.report.synthesis.measures import Cell
 from steerwell.studies.report.text import MISSING, Markdown, escaped, number, table
+from steerwell.studies.synthesis.arms import BY_HM3, ORIGINAL, PROMPTED, STEERED, UNSTEERED
 from steerwell.synthesis.examples import BENIGN, VIOLATING, Example
 
 MEASURED = {

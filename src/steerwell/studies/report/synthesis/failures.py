@@ -6,15 +6,9 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 from steerwell.studies.claims import Claim
-from steerwell.studies.report.synthesis.measures import (
-    DIGITS,
-    PROMPTED,
-    STEERED,
-    UNSTEERED,
-    Cell,
-    signed,
-)
+from steerwell.studies.report.synthesis.measures import DIGITS, Cell, signed
 from steerwell.studies.report.text import number
+from steerwell.studies.synthesis.arms import PROMPTED, STEERED, UNSTEERED
 
 GIVEN_AWAY = 0.02  # AUROC from which a regret is listed
 REPEATED = 0.5  # share of a set's texts from which repetition is listed

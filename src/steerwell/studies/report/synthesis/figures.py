@@ -12,18 +12,8 @@ import numpy as np
 from steerwell.scoring.intervals import Interval
 from steerwell.studies.report.content import Picture
 from steerwell.studies.report.draw import INK, Look, level, look, svg
-from steerwell.studies.report.synthesis.measures import (
-    BY_HM3,
-    NAMES,
-    ORIGINAL,
-    PROMPTED,
-    STEERED,
-    UNSTEERED,
-    Cell,
-    Overview,
-    by_concept,
-    signed,
-)
+from steerwell.studies.report.synthesis.measures import NAMES, Cell, Overview, by_concept, signed
+from steerwell.studies.synthesis.arms import BY_HM3, ORIGINAL, PROMPTED, STEERED, UNSTEERED
 
 PANEL = (2.95, 2.5)  # inches; four beside each other on a desk
 CLOUD = (3.75, 3.4)  # three

@@ -20,17 +20,14 @@ from steerwell.studies.synthesis.analysis import (
     mean_correlations,
     selections,
     share_above,
-    top,
 )
-from steerwell.studies.synthesis.arms import BROKEN
+from steerwell.studies.synthesis.arms import BROKEN, BY_HM3, ORIGINAL, PROMPTED, STEERED, UNSTEERED, roles_of
 from steerwell.studies.synthesis.results import MEASURABLE, SynthesisResult
 from steerwell.synthesis.detection import Comparison, Detection, compare, detection
 from steerwell.synthesis.examples import Example
 
 DIGITS = 3  # of an AUROC
 NAMES = {"hm3": "HM3", "hm2": "HM(S, C)", "success": "S", "coherence": "C", "diversity": "D"}
-PROMPTED, STEERED, BY_HM3 = "prompted, best on validation", "steered, best on validation", "steered by HM3"
-ORIGINAL, UNSTEERED = "original", "unsteered"
 MISSING = Interval(math.nan, math.nan, math.nan, 0, 0)
 
 
@@ -72,13 +69,13 @@ class Cell:
     @cached_property
     def roles(self) -> dict[str, int]:
         """The arms that are singled out: controls, and what validation or HM3 picks. Missing: there is none."""
-        cell = self.result
-        controls = sorted(self.arms(ORIGINAL), key=lambda at: (-cell.value(at, "texts"), at))
-        found: dict[str, int | None] = {str(cell.arms[at]["arm"]): at for at in controls}
-        found |= {name: cell.named(name) for name in (UNSTEERED, BROKEN)}
-        found |= {PROMPTED: cell.best("prompted"), STEERED: cell.best("steered")}
-        found[BY_HM3] = next(iter(top(cell, "hm3", 1)), None)
-        return {name: at for name, at in found.items() if at is not None}
+        rows = self.result.arms
+
+        def place(item: tuple[str, int]) -> tuple[bool, int]:
+            row = rows[item[1]]
+            return row["source"] != ORIGINAL, -row["texts"] if row["source"] == ORIGINAL else 0
+
+        return dict(sorted(roles_of(rows).items(), key=place))
 
     @cached_property
     def detections(self) -> dict[str, Detection]:

@@ -15,16 +15,9 @@ from steerwell.studies.report.content import Album, Content
 from steerwell.studies.report.synthesis import figures, tables
 from steerwell.studies.report.synthesis.card import card
 from steerwell.studies.report.synthesis.failures import failures
-from steerwell.studies.report.synthesis.measures import (
-    DIGITS,
-    PROMPTED,
-    STEERED,
-    Cell,
-    by_concept,
-    concept_correlations,
-    overview,
-)
+from steerwell.studies.report.synthesis.measures import DIGITS, Cell, by_concept, concept_correlations, overview
 from steerwell.studies.report.text import Markdown, number, table
+from steerwell.studies.synthesis.arms import PROMPTED, STEERED
 from steerwell.studies.synthesis.claims import claims_of
 from steerwell.studies.synthesis.config import SynthesisConfig
 from steerwell.studies.synthesis.results import SynthesisResult

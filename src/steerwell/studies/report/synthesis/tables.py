@@ -10,20 +10,10 @@ import numpy as np
 from steerwell.scoring.intervals import Interval
 from steerwell.studies.claims import Claim
 from steerwell.studies.report.claims import mark
-from steerwell.studies.report.synthesis.measures import (
-    BY_HM3,
-    DIGITS,
-    MISSING,
-    NAMES,
-    ORIGINAL,
-    PROMPTED,
-    STEERED,
-    UNSTEERED,
-    Cell,
-    Overview,
-)
+from steerwell.studies.report.synthesis.measures import DIGITS, MISSING, NAMES, Cell, Overview
 from steerwell.studies.report.text import Markdown, escaped, number, spread, table
 from steerwell.studies.synthesis.analysis import MEASURES, consistency, top
+from steerwell.studies.synthesis.arms import BY_HM3, ORIGINAL, PROMPTED, STEERED, UNSTEERED
 from steerwell.synthesis.examples import VIOLATING, Example
 
 AXES = ("success", "coherence", "diversity", "hm3")
