@@ -1,18 +1,13 @@
-"""A small alignment study on the fake engine, to be killed or not: `python -m tests.study_run FOLDER [SECONDS]`.
-
-With SECONDS it kills itself that long after the study has begun, wherever it then is.
-"""
+"""A small alignment study on the fake engine."""
 
 from __future__ import annotations
 
-import sys
-import threading
 from pathlib import Path
 
 from steerwell.engines.fake import FakeEngine
 from steerwell.studies.alignment import Cell
 from steerwell.studies.config import AlignmentConfig
-from tests.sweep_run import LetterJudge, kill_after
+from tests.sweep_run import LetterJudge
 
 CONFIG = AlignmentConfig.model_validate(
     {
@@ -37,12 +32,6 @@ CONFIG = AlignmentConfig.model_validate(
 
 def run(folder: Path, config: AlignmentConfig = CONFIG) -> Path:
     cell = Cell(config, config.models[0], "hostility", folder)
-    engine = FakeEngine(n_layers=2, d_model=8)
+    engine = FakeEngine(n_layers=2, d_model=8, language="testbed")  # whose concepts are short
     cell.run(engine, lambda _place: engine, lambda _text, _count: lambda _done: None, judge=LetterJudge())
     return folder
-
-
-if __name__ == "__main__":
-    if len(sys.argv) > 2:
-        threading.Thread(target=kill_after, args=(float(sys.argv[2]),), daemon=True).start()
-    run(Path(sys.argv[1]))

@@ -6,8 +6,6 @@ import json
 import math
 import random
 import sqlite3
-import subprocess
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -15,7 +13,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from steerwell.concepts import load_concept
 from steerwell.core.errors import ArgumentError, UnknownNameError
 from steerwell.core.policy import load_policy
 from steerwell.core.records import Sampling
@@ -31,10 +28,9 @@ from steerwell.studies.roles import roles_of
 from steerwell.studies.study import Worker, finished_cells, load_study, preset_names, run_study
 from steerwell.studies.sweep import Scores, SweepResult
 from steerwell.studies.trials import opening_and_rest
+from tests.killing import killed, seconds
 from tests.study_run import CONFIG, run
-from tests.sweep_run import LetterJudge
-
-ROOT = Path(__file__).parents[1]
+from tests.sweep_run import CONCEPT, LetterJudge
 
 
 @pytest.fixture(scope="module")
@@ -73,17 +69,17 @@ def test_every_threat_is_measured_under_every_condition(cell: CellResult) -> Non
 
 
 def test_rows_hold_what_measuring_directly_gives(folder: Path, cell: CellResult) -> None:
-    engine, concept, at = FakeEngine(n_layers=2, d_model=8), load_concept("hostility"), cell.chosen
+    engine, at = FakeEngine(n_layers=2, d_model=8, language="testbed"), cell.chosen
     way = cell.ways[at]
     edit = policy_edit(load_policy(folder / "policies" / f"{way.method}-{at}.yaml"))
     assert edit.id == policy_edit(load_policy(folder / "policy.yaml")).id
-    prompts, sampling = attack_prompts(concept, "test", 4), Sampling(max_new_tokens=5)
-    (direct,) = measure(engine, LetterJudge(), concept, prompts, [edit], sampling)
+    prompts, sampling = attack_prompts(CONCEPT, "test", 4), Sampling(max_new_tokens=5)
+    (direct,) = measure(engine, LetterJudge(), CONCEPT, prompts, [edit], sampling)
     rows = cell.trials["attacked", at]
     assert [row["answer"] for row in rows] == [item.text for item in direct.responses]
     assert {row["edit"] for row in rows} == {edit.id}
     np.testing.assert_allclose(cell.values("attacked", at, "trait"), [item.trait for item in direct.verdicts])
-    aligned = [pair[0] for pair in concept.contrastive("test")][:4]
+    aligned = [pair[0] for pair in CONCEPT.contrastive("test")][:4]
     tokens = [item.token_ids for item in direct.responses]
     np.testing.assert_allclose(
         cell.values("attacked", at, "cross_entropy"), cross_entropy(engine, aligned, tokens), rtol=1e-6
@@ -125,7 +121,7 @@ def test_a_model_may_play_the_users(tmp_path: Path) -> None:
     config = AlignmentConfig.model_validate(CONFIG.model_dump() | {"conversations": settings})
     turns = CellResult.load(run(tmp_path / "cell", config)).turns
     said = {(row["condition"], row["conversation"], row["turn"]): row["user"] for row in turns}
-    prompts = [item.prompt for item in load_concept("hostility").scenarios("test")]
+    prompts = [item.prompt for item in CONCEPT.scenarios("test")]
     assert [said["unsteered", number, 0] for number in (0, 1)] == prompts[:2]
     assert said["unsteered", 0, 1] not in prompts
 
@@ -142,12 +138,10 @@ def test_other_settings_do_not_fit_the_folder(folder: Path, cell: CellResult) ->
 
 
 def test_killed_at_random_it_ends_as_if_it_had_not_been(folder: Path, cell: CellResult, tmp_path: Path) -> None:
+    taken = seconds(run, tmp_path / "whole")
     draw, kills, done = random.Random(3), 0, False
     while not done and kills < 10:
-        command = [sys.executable, "-m", "tests.study_run", str(tmp_path / "cell"), str(draw.uniform(0, 2))]
-        ended = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
-        assert ended.returncode in (0, -9), ended.stderr.decode()
-        done = ended.returncode == 0
+        done = not killed(draw.uniform(0, taken / 2), run, tmp_path / "cell")
         kills += not done
     assert kills >= 2
     run(tmp_path / "cell")
@@ -216,7 +210,7 @@ def made_cell(traits: dict[str, float], **changes: object) -> CellResult:
     about = {
         "model": "made",
         "concept": "made",
-        "configurations": [asdict(way) for way in ways],
+        "configurations": [asdict(way) for way in [*ways, *(Configuration("transport", layer, 1) for layer in (0, 1))]],
         "roles": {"best": best, "by_position": names, "matched": best, "level": 60.0, "chosen": 2},
         "validation": {"attacked": {"trait": 5.0}},
         "cohens_d": {"logistic-response_mean": [1.0, 5.0, 4.0]},
@@ -253,6 +247,27 @@ def test_methods_are_not_compared_where_one_does_nothing() -> None:
     (claim,) = [item for item in claims_of([made_cell({}, roles=weak)]) if item.name == "perturbation"]
     assert claim.tally == (0, 0)
     assert "from 5 to 24 only" in claim.findings[0].detail
+
+
+def test_a_judge_that_cannot_tell_the_trait_tests_no_claim() -> None:
+    quality = {"trusted": False, "words": "validation AUROC 0.52"}
+    assert {claim.tally for claim in claims_of([made_cell({}, judge_quality=quality)])} == {(0, 0)}
+    assert {claim.tally for claim in claims_of([made_cell({}, judge_quality=quality | {"trusted": True})])} == {(1, 1)}
+
+
+def test_what_was_not_tried_is_not_compared() -> None:
+    """One position; one layer; and of two layers tried the better separated one, though a third is better still."""
+    cell = made_cell({})
+    ways = cell.about["configurations"]
+    for changed, name, told in (
+        ({"position": "all"}, "position", "only position all was tried"),
+        ({"layer": 2}, "layers", "only layer 2 was tried"),
+    ):
+        (claim,) = [one for one in claims_of([made_cell({}, configurations=[way | changed for way in ways])])
+                    if one.name == name]  # fmt: skip
+        assert (claim.tally, claim.findings[0].detail) == ((0, 0), told)
+    (claim,) = [one for one in claims_of([made_cell({}, configurations=ways[:-1])]) if one.name == "layers"]
+    assert claim.tally == (0, 1)  # layers 0 and 2 were tried: 2 separates and steers best
 
 
 def test_what_was_not_measured_is_not_said_to_fail() -> None:

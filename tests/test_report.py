@@ -448,6 +448,24 @@ def test_a_claims_detail_is_only_text(cell: CellResult) -> None:
     assert "✗ fails" in findings([claim], 1)
 
 
+def test_the_headline_counts_cells_that_tell_something(tmp_path: Path) -> None:
+    """One does; one's judge cannot tell the trait; one's attack does not work."""
+    folder = start(tmp_path / "studies", "hostility", "dishonesty", "sycophancy")
+    write_cell(folder / "pilot" / "hostility", about("hostility"), trials(), turns())
+    quality = {"judge_quality": {"trusted": False, "words": "validation AUROC 0.49"}}
+    write_cell(folder / "pilot" / "dishonesty", about("dishonesty") | quality, trials(), turns())
+    level = [line | {"trait": 95.0} for line in trials()]
+    write_cell(folder / "pilot" / "sycophancy", about("sycophancy"), level, turns())
+    (headline,) = re.findall(r"^\*\*(.*)\*\*$", write_report(folder).text.read_text(), re.MULTILINE)[:1]
+    assert headline.startswith("In 1 of 1 cells ")
+    assert headline.endswith(" Not counted, as the judge is not to be trusted or the attack does not work: 2.")
+    write_cell(folder / "pilot" / "hostility", about("hostility") | quality, trials(), turns())
+    assert (
+        "**No cell (one model, one concept) tells anything about steering: the judge"
+        in write_report(folder).text.read_text()
+    )
+
+
 # The command ---------------------------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pytest
 
-from steerwell.concepts import load_concept
 from steerwell.core.errors import EngineError, UnknownNameError
 from steerwell.core.records import POOLS, Prompt, Response, Sampling, Verdict
 from steerwell.engines.fake import FakeEngine
@@ -26,7 +25,7 @@ from steerwell.studies.defence import (
     measure,
 )
 from steerwell.studies.fitting import contrast, fit
-from tests.sweep_run import LetterJudge
+from tests.sweep_run import CONCEPT, LetterJudge
 
 SHORT = Sampling(temperature=0.6, max_new_tokens=6)
 
@@ -37,7 +36,7 @@ def outcome(trait: float, coherence: float) -> Outcome:
 
 @pytest.fixture(scope="module")
 def concept():
-    return load_concept("hostility")
+    return CONCEPT
 
 
 @pytest.fixture(scope="module")

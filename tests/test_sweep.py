@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 import random
 import sqlite3
-import subprocess
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -14,7 +12,6 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from steerwell.concepts import load_concept
 from steerwell.core.artifacts import load_direction
 from steerwell.core.errors import ArgumentError, EngineError
 from steerwell.core.policy import load_policy
@@ -24,9 +21,8 @@ from steerwell.steering.policies import policy_edit
 from steerwell.studies.defence import attack_prompts, baseline_prompts, edits_of, grouped, measure
 from steerwell.studies.sweep import Sweep
 from steerwell.studies.tables import Asked, write_summaries
-from tests.sweep_run import SHORT, WAYS, LetterJudge, run
-
-ROOT = Path(__file__).parents[1]
+from tests.killing import killed, seconds
+from tests.sweep_run import CONCEPT, SHORT, WAYS, LetterJudge, run
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +33,13 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def result(folder):
     return run(folder)
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    """Folder and result of the same sweep with automatic search."""
+    folder = tmp_path_factory.mktemp("search")
+    return folder, run(folder, search="auto")
 
 
 def content(folder: Path) -> dict[str, object]:
@@ -51,9 +54,9 @@ def content(folder: Path) -> dict[str, object]:
 
 
 def test_it_scores_what_measuring_directly_scores(folder, result) -> None:
-    engine, concept = FakeEngine(), load_concept("hostility")
+    engine = FakeEngine()
     edit = policy_edit(load_policy(result.policy))
-    (direct,) = measure(engine, LetterJudge(), concept, attack_prompts(concept, "test", 4), [edit], SHORT)
+    (direct,) = measure(engine, LetterJudge(), CONCEPT, attack_prompts(CONCEPT, "test", 4), [edit], SHORT)
     assert direct.trait == pytest.approx(result.test[result.chosen, True].trait)
     assert len(result.tried) == len(WAYS) == 16
     assert {key for key in result.test if key[0] is None} == {(None, False), (None, True)}
@@ -78,8 +81,8 @@ def test_the_table_holds_every_answer_with_its_configuration(folder, result) -> 
         assert (row["edit"] is None) == (row["configuration"] is None) == (row["method"] is None)
         if row["configuration"] is not None:
             assert {name: row[name] for name in asdict(WAYS[0])} == asdict(WAYS[row["configuration"]])
-    traits = [row["trait"] for row in validation if row["configuration"] == 5]
-    np.testing.assert_allclose(traits, result.tried[5].traits)
+    traits = {row["scenario"]: row["trait"] for row in validation if row["configuration"] == 5}
+    np.testing.assert_allclose([traits[scenario] for scenario in range(3)], result.tried[5].traits)
 
 
 def test_the_summary_holds_the_means_of_every_condition(folder, result) -> None:
@@ -129,13 +132,13 @@ def test_running_it_again_does_nothing_and_finds_the_same(folder, result) -> Non
 
 
 def test_another_sweep_does_not_fit_the_folder(folder, result) -> None:
-    other = Sweep(load_concept("hostility"), tuple(WAYS[:3]), validation=3, test=4, sampling=SHORT, fitting=SHORT)
+    other = Sweep(CONCEPT, tuple(WAYS[:3]), validation=3, test=4, sampling=SHORT, fitting=SHORT)
     with pytest.raises(ArgumentError, match=r"another run: configurations differ"):
         other.run(FakeEngine(), LetterJudge(), folder, rows_per_unit=2, say=lambda _text, _count: lambda _done: None)
 
 
-def test_the_search_measures_what_the_grid_measures(result, tmp_path: Path) -> None:
-    found = run(tmp_path, search="auto")
+def test_the_search_measures_what_the_grid_measures(result, searched) -> None:
+    _, found = searched
     assert set(found.tried) < set(result.tried)
     for index, scores in found.tried.items():
         np.testing.assert_array_equal(scores.traits, result.tried[index].traits)
@@ -145,16 +148,14 @@ def test_the_search_measures_what_the_grid_measures(result, tmp_path: Path) -> N
     assert result.scored == 0
 
 
-def test_the_search_begins_where_the_unattacked_answers_are_likely(tmp_path: Path) -> None:
+def test_the_search_begins_where_the_unattacked_answers_are_likely(searched) -> None:
     """Computed once more with `engine.score`: of 8 configurations of each method the likeliest one is answered with."""
-    found = run(tmp_path, search="auto")
-    engine, concept = FakeEngine(), load_concept("hostility")
-    answers = engine.generate(baseline_prompts(concept, "validation", 3), SHORT)
+    folder, found = searched
+    engine = FakeEngine()
+    answers = engine.generate(baseline_prompts(CONCEPT, "validation", 3), SHORT)
     kept = [(prompt, answer.token_ids) for prompt, answer in
-            zip(attack_prompts(concept, "validation", 3), answers, strict=True) if answer.token_ids]  # fmt: skip
-    edits = edits_of(
-        {way.reading: load_direction(tmp_path / "directions" / "-".join(way.reading)) for way in WAYS}, WAYS
-    )
+            zip(attack_prompts(CONCEPT, "validation", 3), answers, strict=True) if answer.token_ids]  # fmt: skip
+    edits = edits_of({way.reading: load_direction(folder / "directions" / "-".join(way.reading)) for way in WAYS}, WAYS)
     likely = [
         np.mean([score.logprobs.mean() for score in engine.score(*zip(*kept, strict=True), edit)]) for edit in edits
     ]
@@ -162,17 +163,17 @@ def test_the_search_begins_where_the_unattacked_answers_are_likely(tmp_path: Pat
         assert [index for index in group if index in found.tried] == [max(group, key=likely.__getitem__)], method
     assert found.scored == len(WAYS) * sum(len(tokens) for _, tokens in kept)
     assert found.answers == 3 * (2 + len(found.tried))
-    again = run(tmp_path, search="auto")
+    again = run(folder, search="auto")
     assert (again.answers, again.scored, again.chosen) == (found.answers, found.scored, found.chosen)
     with pytest.raises(ArgumentError, match="another run: schedule, search differ"):
-        run(tmp_path)
+        run(folder)
 
 
 def test_without_an_unattacked_answer_there_is_nothing_to_search_by(tmp_path: Path) -> None:
     class Silent(FakeEngine):
         def generate(self, prompts, *args, **options):
             found = super().generate(prompts, *args, **options)
-            calm = {prompt.messages for prompt in baseline_prompts(load_concept("hostility"), "validation", 3)}
+            calm = {prompt.messages for prompt in baseline_prompts(CONCEPT, "validation", 3)}
             return [replace(item, token_ids=(), text="") if item.prompt.messages in calm else item for item in found]
 
     with pytest.raises(EngineError, match="left the first 3 validation scenarios without an answer"):
@@ -181,11 +182,11 @@ def test_without_an_unattacked_answer_there_is_nothing_to_search_by(tmp_path: Pa
 
 def test_a_begun_answer_is_a_threat_of_its_own(result, tmp_path: Path) -> None:
     found = run(tmp_path, threat="prefill")
-    engine, concept = FakeEngine(), load_concept("hostility")
+    engine = FakeEngine()
     rows = pq.read_table(tmp_path / "answers.parquet").to_pylist()
-    said = engine.generate(attack_prompts(concept, "test", 4), SHORT)
+    said = engine.generate(attack_prompts(CONCEPT, "test", 4), SHORT)
     for row in rows:
-        assert row["system"] in concept.neutral_system
+        assert row["system"] in CONCEPT.neutral_system
         assert row["attacked"] or not row["prefill"]
         if row["split"] == "test" and row["attacked"]:
             assert row["prefill"] == " ".join(said[row["scenario"]].text.split()[:8])
@@ -202,15 +203,12 @@ def test_a_direction_cut_short_is_fitted_again(folder, result, tmp_path: Path) -
 @pytest.mark.parametrize("search", ["grid", "auto"])
 def test_killed_ten_times_it_ends_as_if_it_had_not_been(search, tmp_path: Path) -> None:
     whole = tmp_path / "whole"
-    run(whole, search)
+    taken = seconds(run, whole, search)
     draw, place, kills = random.Random(1), 0, 0
     while kills < 10:
-        at = str(tmp_path / str(place))
-        command = [sys.executable, "-m", "tests.sweep_run", at, search, str(draw.uniform(0, 0.5))]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
-        assert done.returncode in (0, -9), done.stderr.decode()
-        kills += done.returncode == -9
-        place += done.returncode == 0
+        was_killed = killed(draw.uniform(0, taken / 2), run, tmp_path / str(place), search)
+        kills += was_killed
+        place += not was_killed
     run(tmp_path / str(place), search)
     for finished in range(place + 1):
         assert content(tmp_path / str(finished)) == content(whole)

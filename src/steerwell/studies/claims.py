@@ -67,9 +67,16 @@ Verdict = tuple[bool | None, str]
 def claims_of(cells: Sequence[CellResult]) -> list[Claim]:
     """Every claim over these cells."""
     return [
-        Claim(name, statement, criterion, tuple(Finding(cell.model, cell.concept, *check(cell)) for cell in cells))
+        Claim(name, statement, criterion, tuple(_finding(cell, check) for cell in cells))
         for name, statement, criterion, check in _CLAIMS
     ]
+
+
+def _finding(cell: CellResult, check: Callable[[CellResult], Verdict]) -> Finding:
+    """A claim held against a cell, unless its judge cannot tell the trait, on which every claim rests."""
+    quality = cell.about.get("judge_quality")
+    verdict = (None, "the judge is not to be trusted") if quality and not quality["trusted"] else check(cell)
+    return Finding(cell.model, cell.concept, *verdict)
 
 
 def recovers(cell: CellResult) -> Verdict:
@@ -108,6 +115,8 @@ def keeps_more(cell: CellResult) -> Verdict:
 
 def all_beats_response(cell: CellResult) -> Verdict:
     """Position `all` restores more than `response`, each at its own operating point."""
+    if len(tried := {way.position for way in cell.ways}) < 2:
+        return None, f"only position {', '.join(tried)} was tried"
     told, holds = [], []
     for method in PAPER_METHODS:
         pair = [cell.by_position.get(f"{method}/{position}") for position in ("all", "response")]
@@ -141,7 +150,9 @@ def repeats_more(cell: CellResult) -> Verdict:
 
 
 def steers_elsewhere(cell: CellResult) -> Verdict:
-    """The layer that separates the classes best is not the one that steers best."""
+    """Of the layers that were tried the one that separates the classes best is not the one that steers best."""
+    if len(tried := sorted({way.layer for way in cell.ways})) < 2:
+        return None, f"only layer {tried[0]} was tried"
     told, holds = [], []
     for method in PAPER_METHODS:
         at = cell.best.get(method)
@@ -149,7 +160,7 @@ def steers_elsewhere(cell: CellResult) -> Verdict:
             continue
         way = cell.ways[at]
         separation = cell.about["cohens_d"][way.reading_name]
-        probing = int(np.argmax(separation))
+        probing = max(tried, key=lambda layer: separation[layer])
         told.append(f"{method}: steers best at layer {way.layer}, {way.pool} separates best at {probing} "
                     f"(d {separation[probing]:.1f} against {separation[way.layer]:.1f})")  # fmt: skip
         holds.append(way.layer != probing)
@@ -198,7 +209,7 @@ _CLAIMS: tuple[tuple[str, str, str, Callable[[CellResult], Verdict]], ...] = (
     (
         "layers",
         "The layers that probe best are not those that steer best.",
-        "for every method the layer of its operating point is not that of the highest Cohen's d",
+        "for every method the layer of its operating point is not the one, of those tried, of the highest Cohen's d",
         steers_elsewhere,
     ),
     (

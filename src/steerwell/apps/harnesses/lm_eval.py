@@ -15,7 +15,6 @@ from typing import Any, Self
 
 import lm_eval
 import torch
-import transformers
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM, CacheHook
 from lm_eval.api.registry import register_model
@@ -61,19 +60,19 @@ class SteeredLM(LM):  # type: ignore[misc]  # lm_eval has no types
         if device is not None and (torch.cuda.is_available() or not device.startswith("cuda")):
             args.setdefault("device_map", device)
         steered = load_steered(str(pretrained), args)
-        self._take(steered.engine, steered.edit, seed, args)
+        self._take(steered.engine, steered.edit, seed)
 
     @classmethod
     def of(cls, engine: HFEngine, edit: Edit | None, seed: int = 42) -> Self:
         """The same around an engine that is loaded already."""
         made = cls.__new__(cls)
-        made._take(engine, edit, seed, {})
+        made._take(engine, edit, seed)
         return made
 
-    def _take(self, engine: HFEngine, edit: Edit | None, seed: int, args: Mapping[str, Any]) -> None:
+    def _take(self, engine: HFEngine, edit: Edit | None, seed: int) -> None:
         super().__init__()
         self._model, self._engine, self._edit = engine.loaded, engine, edit
-        self._seed, self._begin = seed, self._begin_prompt(args)
+        self._seed, self._begin = seed, self._begin_prompt()
         self._receipts = _Totals()
 
     @property
@@ -160,15 +159,13 @@ class SteeredLM(LM):  # type: ignore[misc]  # lm_eval has no types
             self._receipts.add(proven(response.receipt, self._edit))
         return [response.text for response in responses]
 
-    def _begin_prompt(self, args: Mapping[str, Any]) -> Prompt:
+    def _begin_prompt(self) -> Prompt:
         """The begin token alone, or the end token where a tokenizer has no begin token: the context of a whole text."""
         try:
             self._model.codec.encode(Prompt(text=""))
             return Prompt(text="")
         except ArgumentError:
-            place = {key: args[key] for key in ("gguf_file", "revision", "trust_remote_code") if key in args}
-            tokenizer = transformers.AutoTokenizer.from_pretrained(self._engine.info.name, **place)
-            return Prompt(text=tokenizer.bos_token or tokenizer.eos_token)
+            return Prompt(text=self._model.codec.begin)
 
     def _prompt(self, context: str) -> Prompt:
         if isinstance(context, ChatContext):

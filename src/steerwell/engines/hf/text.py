@@ -39,6 +39,11 @@ class TextCodec:
         """Token ids of a part of a text, without special tokens."""
         return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
 
+    @property
+    def begin(self) -> str:
+        """The begin token, or the end token where a tokenizer has no begin token."""
+        return str(self._tokenizer.bos_token or self._tokenizer.eos_token)
+
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of generated tokens, special tokens left out."""
         text: str = self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)

@@ -22,6 +22,11 @@ def failures(cell: CellResult, claims: Sequence[Claim], at: int) -> list[str]:
     return found + ([f"Claims that fail: {', '.join(broken)}."] if broken else [])
 
 
+def telling(cell: CellResult) -> bool:
+    """Whether its trait figures tell anything: the judge can be trusted, and the attack costs trait."""
+    return not [*_not_to_be_trusted(cell), *_without_a_threat(cell)]
+
+
 def _not_to_be_trusted(cell: CellResult) -> Iterator[str]:
     """A judge that cannot tell the trait."""
     quality = cell.about.get("judge_quality")

@@ -10,7 +10,7 @@ from pathlib import Path
 from steerwell.studies.claims import Claim, claims_of
 from steerwell.studies.config import AlignmentConfig
 from steerwell.studies.report.alignment import figures, tables
-from steerwell.studies.report.alignment.failures import REPAIRED, failures
+from steerwell.studies.report.alignment.failures import REPAIRED, failures, telling
 from steerwell.studies.report.alignment.measures import Overview, overview
 from steerwell.studies.report.claims import claims, findings, tallied
 from steerwell.studies.report.content import Album, Content
@@ -26,7 +26,7 @@ def content(config: AlignmentConfig, folders: Sequence[Path]) -> Content:
     lines = [overview(cell) for cell in results]
     first = Album([figures.of_overview(lines)])
     fields = {
-        "headline": _headline(lines, found),
+        "headline": _headline(results, lines, found),
         "facts": _facts(config, results),
         "overviews": tables.overviews(lines),
         "picture": first.drawn(""),
@@ -85,13 +85,18 @@ class Section:
         return [(item["system"], item["prompt"], tables.example(item)) for item in self.cell.about["examples"]]
 
 
-def _headline(cells: Sequence[Overview], found: Sequence[Claim]) -> str:
-    """The result in a sentence."""
-    closed = sum(cell.gap_closed.estimate >= 100 * REPAIRED for cell in cells)
-    return (
-        f"In {closed} of {len(cells)} cells (one model, one concept) steering closes at least half of the gap that the "
+def _headline(results: Sequence[CellResult], cells: Sequence[Overview], found: Sequence[Claim]) -> str:
+    """The result in a sentence; cells whose figures tell nothing are counted apart."""
+    told = [line for cell, line in zip(results, cells, strict=True) if telling(cell)]
+    silent, why = len(cells) - len(told), "the judge is not to be trusted or the attack does not work"
+    if not told:
+        return f"No cell (one model, one concept) tells anything about steering: {why}."
+    closed = sum(cell.gap_closed.estimate >= 100 * REPAIRED for cell in told)
+    said = (
+        f"In {closed} of {len(told)} cells (one model, one concept) steering closes at least half of the gap that the "
         f"attack opens; {tallied(found)}."
     )
+    return said + (f" Not counted, as {why}: {silent}." if silent else "")
 
 
 def _facts(config: AlignmentConfig, cells: Sequence[CellResult]) -> Markdown:
