@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from steerwell.studies.claims import Claim
 from steerwell.studies.report.synthesis.measures import DIGITS, Cell, signed
 from steerwell.studies.report.text import number
-from steerwell.studies.synthesis.arms import PROMPTED, STEERED, UNSTEERED
+from steerwell.studies.synthesis.arms import BROKEN, PROMPTED, STEERED, UNSTEERED
 
 GIVEN_AWAY = 0.02  # AUROC from which a regret is listed
 REPEATED = 0.5  # share of a set's texts from which repetition is listed
@@ -72,6 +72,12 @@ def _not_better(cell: Cell) -> Iterator[str]:
         found = cell.difference(STEERED, other)
         if found.high < 0:
             yield f"The best steered texts train worse detectors than {words}: AUROC difference {signed(found)}."
+    real = cell.difference(BROKEN, cell.base)
+    if real.estimate >= 0:
+        yield (
+            "Text that broke without any steering trains detectors as good as real examples do (AUROC difference "
+            f"{signed(real)}): much of what they find is that a text is unlike benign ones, not the concept."
+        )
     plain, added = cell.difference(STEERED, UNSTEERED), cell.difference(STEERED, cell.base)
     if plain.low <= 0:
         yield f"The best steered texts are not surely better than unsteered ones: AUROC difference {signed(plain)}."

@@ -115,7 +115,8 @@ class Cell:
     @cached_property
     def differences(self) -> dict[tuple[str, str], Comparison]:
         """Paired comparisons of roles; linear detectors."""
-        pairs = [(STEERED, PROMPTED), (BY_HM3, PROMPTED), (STEERED, UNSTEERED), (STEERED, self.base)]
+        pairs = [(STEERED, PROMPTED), (BY_HM3, PROMPTED), (STEERED, UNSTEERED), (STEERED, BROKEN), (PROMPTED, BROKEN),
+                 (BROKEN, self.base), (STEERED, self.base)]  # fmt: skip
         pairs += [(PROMPTED, self.base)] if self.kept else []
         found = {pair: against(self.result, *(self.roles.get(name) for name in pair)) for pair in pairs}
         return {pair: compared for pair, compared in found.items() if compared is not None}
