@@ -1,7 +1,7 @@
 """What mixed batches gain when a study's texts are written: `python -m benchmarks.synthesizing`.
 
 The same texts (16 ways to steer the bundled model, 60 texts each) are written with all ways in shared batches, as a
-study does, and one way at a time at several batch sizes. Rounds are interleaved; the ratio is of medians of processor time.
+study does, and one way at a time at several batch sizes. Rounds are interleaved; the ratio is of medians of CPU time.
 """
 
 from __future__ import annotations
