@@ -92,6 +92,7 @@ def sentence_transformer(name: str) -> Embedder:
         EngineError: the model cannot be loaded.
     """
     package = _import("sentence_transformers", "sentence-transformers", "embed")
+    import_module("transformers.utils.logging").disable_progress_bar()  # of loading weights
     try:
         model = package.SentenceTransformer(name)
     except (OSError, ValueError) as error:
