@@ -75,5 +75,34 @@ def test_what_it_refuses(call, policies, tmp_path: Path) -> None:
     empty = tmp_path / "prompts.jsonl"
     empty.write_text('{"prompt": " "}\n')
     assert "column 'prompt'" in call(*out, "--prompted", "--prompts", empty)[2]
+    assert "--shots, --examples: go together" in call(*out, "--prompted", "--shots", 1)[2]
     told = call(*out, "--prompted", "--judge", "none", "--min-success", 0.5)[2]
     assert "success: asked for, but nobody judges" in told
+
+
+def test_shots_are_shown_to_the_prompted_model(call, tmp_path: Path) -> None:
+    real = tmp_path / "real.jsonl"
+    rows = [{"prompt": f"Is it {at}?", "response": "Go away.", "label": 1} for at in range(3)]
+    real.write_text(
+        "".join(json.dumps(row) + "\n" for row in [*rows, {"prompt": "Hi", "response": "Hello.", "label": 0}])
+    )
+    words = ["-c", "hostility", "--prompted", "--shots", 2, "--examples", real, "-n", 30, "--max-new-tokens", 48]
+    more = [
+        "--judge",
+        "none",
+        "--embedder",
+        "hashing",
+        "--shares",
+        1,
+        0,
+        0,
+        "--near",
+        1,
+        "-o",
+        tmp_path / "out",
+        "--json",
+    ]
+    code, text, _ = call(*words, *more)
+    assert (code, json.loads(text)["written"]) == (0, 60)
+    card = (tmp_path / "out" / "dataset" / "README.md").read_text()
+    assert "all system prompts, 2 shots, temperature 1 " in card

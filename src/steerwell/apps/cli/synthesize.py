@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from steerwell.concepts import Concept
     from steerwell.core.records import Sampling
     from steerwell.synthesis.dataset import Made
+    from steerwell.synthesis.examples import Example
     from steerwell.synthesis.writers import Writer
 
 FILTERS = "Filters"
@@ -45,6 +46,13 @@ def synthesize(
     prompted: Annotated[
         bool, typer.Option("--prompted", help="Have the model write under violating system prompts, too.")
     ] = False,
+    shots: Annotated[
+        int, typer.Option(min=0, help="With --prompted: violations of --examples shown before each prompt.")
+    ] = 0,
+    examples: Annotated[
+        Path | None,
+        typer.Option(help="File of real exchanges (columns prompt, response, label) that --shots are drawn from."),
+    ] = None,
     benign: Annotated[
         bool, typer.Option(help="Benign answers to the same prompts: unsteered, or under aligned system prompts.")
     ] = True,
@@ -107,6 +115,7 @@ def synthesize(
 
     if not policy and not prompted:
         raise ArgumentError("--policy, --prompted: got neither; give a policy file (see 'steerwell select'), or both")
+    shown = _shown(shots, examples, prompted)
     chosen = load_concept(concept, language or ENGLISH)  # before the model, so that a faulty file costs no time
     scoring = None
     if judge != "none":
@@ -117,7 +126,9 @@ def synthesize(
     engine = load_engine(model, dtype, device_map, gguf_file, batch_size, trust_remote_code)
     chosen = in_models_language(chosen, engine, concept, language)
     drawn = Sampling(temperature, top_p, max_new_tokens, seed=seed)
-    writers = _writers(chosen, _asked(chosen, prompts), policy or [], prompted, benign, drawn)
+    writers = _writers(chosen, _asked(chosen, prompts), policy or [], benign, drawn)
+    if prompted:
+        writers += _prompted(chosen, _asked(chosen, prompts), benign, drawn, shots, shown)
     likeness = None if near == 1 else replace(NEAR, threshold=near)
     filters = Filters(min_success, min_coherence, words, likeness, shares)
     work = Synthesis(chosen, tuple(writers), count, filters, embedder, licence)
@@ -146,13 +157,11 @@ def _asked(concept: Concept, prompts: Path | None) -> list[str]:
     return list(found)
 
 
-def _writers(
-    concept: Concept, asked: list[str], policies: list[Path], told: bool, benign: bool, drawn: Sampling
-) -> list[Writer]:
+def _writers(concept: Concept, asked: list[str], policies: list[Path], benign: bool, drawn: Sampling) -> list[Writer]:
     from steerwell.core.policy import load_policy
     from steerwell.steering.policies import policy_edit
     from steerwell.synthesis.examples import BENIGN
-    from steerwell.synthesis.writers import Prompting, prompted, steered, unsteered
+    from steerwell.synthesis.writers import steered, unsteered
 
     writers = []
     for path in policies:
@@ -164,11 +173,28 @@ def _writers(
         writers.append(steered(concept, asked, name, policy_edit(policy), drawn))
     if policies and benign:
         writers.append(unsteered(concept, asked, drawn, BENIGN))
-    if told:
-        way = Prompting(temperature=drawn.temperature)
-        writers.append(prompted(concept, asked, way, drawn))
-        if benign:
-            writers.append(prompted(concept, asked, way, drawn, label=BENIGN))
+    return writers
+
+
+def _shown(shots: int, examples: Path | None, prompted: bool) -> list[Example]:
+    """The violations that shots are drawn from."""
+    from steerwell.synthesis.files import read_examples
+
+    if (shots > 0) != (examples is not None) or (shots and not prompted):
+        raise ArgumentError("--shots, --examples: go together, and with --prompted; give all three, or neither")
+    found = read_examples(examples, prompt_col="prompt") if examples else []
+    return [example for example in found if example.label]
+
+
+def _prompted(
+    concept: Concept, asked: list[str], benign: bool, drawn: Sampling, shots: int, shown: list[Example]
+) -> list[Writer]:
+    from steerwell.synthesis.examples import BENIGN
+    from steerwell.synthesis.writers import Prompting, prompted
+
+    writers = [prompted(concept, asked, Prompting(None, shots, drawn.temperature), drawn, shown)]
+    if benign:
+        writers.append(prompted(concept, asked, Prompting(temperature=drawn.temperature), drawn, label=BENIGN))
     return writers
 
 
