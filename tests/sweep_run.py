@@ -13,7 +13,6 @@ from steerwell.engines.base import Engine
 from steerwell.engines.fake import FakeEngine
 from steerwell.studies.defence import grid
 from steerwell.studies.sweep import Search, Sweep, SweepResult, Threat
-from tests.killing import kill_after  # noqa: F401 - synthesis_run.py takes it from here
 
 SHORT = Sampling(temperature=0.6, max_new_tokens=4)
 WAYS = grid([1, 2], {"swfc": (1.0, 2.0), "sttp": (0.0, 2.0)}, estimators=["mean_difference"], pools=POOLS)

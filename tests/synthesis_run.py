@@ -23,7 +23,8 @@ from steerwell.runs.plan import Unit
 from steerwell.scoring.judges.base import Judge
 from steerwell.studies.synthesis.cell import SynthesisCell
 from steerwell.studies.synthesis.config import SynthesisConfig
-from tests.sweep_run import LetterJudge, kill_after
+from tests.killing import kill_after
+from tests.sweep_run import LetterJudge
 
 PLAIN = ["river", "table", "green", "seven", "paper", "window", "music", "garden"]
 PLAIN += ["doctor", "sugar", "planet", "winter", "engine", "flower", "market", "bridge"]

@@ -198,7 +198,7 @@ def test_kept_originals_stay_beside_generated_texts_only(config: SynthesisConfig
     assert arm.training(real, 0) == list(made)
     assert arm.training(real, 5) == [*made, *real.violating[:5]]
     assert control.training(real, 5) == list(real.violating)
-    way = {"source": "steered", "way": Configuration("swfc", 0, 1.0)}
+    way = Configuration("swfc", 0, 1.0)
 
     def controls(**changes: object) -> dict[str, int]:
         found = arms_of(config.model_copy(update=changes), real, [way], [made])

@@ -152,10 +152,12 @@ def fit_all(answers: Contrast, configurations: Sequence[Configuration]) -> dict[
     return {key: answers.direction(*key) for key in dict.fromkeys(item.reading for item in configurations)}
 
 
-def edits_of(directions: Mapping[Reading, Direction], configurations: Sequence[Configuration]) -> list[Edit]:
-    """The edit of every configuration."""
+def edits_of(
+    directions: Mapping[Reading, Direction], configurations: Sequence[Configuration], toward: Toward = "aligned"
+) -> list[Edit]:
+    """The edit of every configuration, toward one of the classes."""
     return [
-        build(directions[item.reading], item.method, item.layer, item.strength, position=item.position)
+        build(directions[item.reading], item.method, item.layer, item.strength, position=item.position, toward=toward)
         for item in configurations
     ]
 

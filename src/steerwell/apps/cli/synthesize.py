@@ -126,9 +126,10 @@ def synthesize(
     engine = load_engine(model, dtype, device_map, gguf_file, batch_size, trust_remote_code)
     chosen = in_models_language(chosen, engine, concept, language)
     drawn = Sampling(temperature, top_p, max_new_tokens, seed=seed)
-    writers = _writers(chosen, _asked(chosen, prompts), policy or [], benign, drawn)
+    asked_of = _asked(chosen, prompts)
+    writers = _writers(chosen, asked_of, policy or [], benign, drawn)
     if prompted:
-        writers += _prompted(chosen, _asked(chosen, prompts), benign, drawn, shots, shown)
+        writers += _prompted(chosen, asked_of, benign, drawn, shots, shown)
     likeness = None if near == 1 else replace(NEAR, threshold=near)
     filters = Filters(min_success, min_coherence, words, likeness, shares)
     work = Synthesis(chosen, tuple(writers), count, filters, embedder, licence)

@@ -8,9 +8,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from steerwell.runs.ledger import Row
+from steerwell.studies.defence import Configuration
 from steerwell.studies.synthesis.config import SynthesisConfig
 from steerwell.studies.synthesis.real import Real
 from steerwell.synthesis.examples import Example, Source
+from steerwell.synthesis.writers import Prompting
 
 ORIGINAL, UNSTEERED = "original", "unsteered"
 BROKEN = "unsteered, broken"  # the control whose texts are broken by a high temperature
@@ -44,11 +46,14 @@ class Arm:
 
 
 def arms_of(
-    config: SynthesisConfig, real: Real, ways: Sequence[Mapping[str, Any]], texts: Sequence[Sequence[Example]]
+    config: SynthesisConfig,
+    real: Real,
+    ways: Sequence[Configuration | Prompting | None],
+    texts: Sequence[Sequence[Example]],
 ) -> list[Arm]:
     """Every writer's texts, then the controls: all originals, and few of them (the first ones)."""
     written = [
-        Arm(examples[0].configuration, way["source"], tuple(examples), _plain(way["way"]))
+        Arm(examples[0].configuration, examples[0].source, tuple(examples), {} if way is None else asdict(way))
         for way, examples in zip(ways, texts, strict=True)
     ]
     controls = {f"original, {count}": real.violating[:count] for count in config.few}
@@ -81,7 +86,3 @@ def roles_of(rows: Sequence[Row]) -> dict[str, int]:
 
 def _known(value: float | None) -> bool:
     return value is not None and not math.isnan(value)
-
-
-def _plain(way: Any) -> dict[str, Any]:
-    return {} if way is None else asdict(way)

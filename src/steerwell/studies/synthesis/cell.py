@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,9 @@ from steerwell.runs.plan import plan
 from steerwell.scoring.embeddings import load_embedder
 from steerwell.scoring.judges.base import Judge
 from steerwell.scoring.quality import quality
-from steerwell.steering.interventions import build
 from steerwell.studies.alignment import CELL
 from steerwell.studies.config import Model
+from steerwell.studies.defence import Configuration, edits_of
 from steerwell.studies.fitting import PAPER_SAMPLING, Say, fitted
 from steerwell.studies.judging import concept_of, judge_for
 from steerwell.studies.sweep import DIRECTIONS
@@ -39,7 +38,7 @@ from steerwell.studies.tables import write_table
 from steerwell.synthesis.detectors import train_detectors
 from steerwell.synthesis.examples import VIOLATING, Example, labels
 from steerwell.synthesis.export import write_examples
-from steerwell.synthesis.writers import Writer, prompted, steered, unsteered, write
+from steerwell.synthesis.writers import Prompting, Writer, prompted, steered, unsteered, write
 
 ARMS, TEXTS, TEST, SCORES = "configurations.parquet", "texts.parquet", "test.parquet", "scores.safetensors"
 ARMS_PER_UNIT = 4
@@ -126,7 +125,7 @@ class _Running:
 
     def _arms(self) -> list[Arm]:
         """Every arm with its violating examples."""
-        writers = self._writers()
+        ways, writers = zip(*self._writers(), strict=True)
         advance = self.say("texts", self.config.texts * len(writers))
         texts = write(
             writers,
@@ -138,48 +137,27 @@ class _Running:
             size=self.config.batch_size,
             progress=advance,
         )
-        return arms_of(self.config, self.real, self._ways, texts)
+        return arms_of(self.config, self.real, ways, texts)
 
-    @cached_property
-    def _ways(self) -> list[dict[str, Any]]:
-        """What tells the writers apart, in the order of the writers."""
-        known = len({pair.violating for pair in self.concept.pairs})
-        steering = self.config.steering.configurations(self.engine.info.n_layers)
-        prompting = self.config.prompting.configurations(known)
-        return [
-            *({"source": "steered", "way": way} for way in steering),
-            *({"source": "prompted", "way": way} for way in prompting),
-            {"source": "unsteered", "way": None},
-            {"source": "unsteered", "way": None},  # so hot that the texts break
-        ]
-
-    def _writers(self) -> list[Writer]:
+    def _writers(self) -> list[tuple[Configuration | Prompting | None, Writer]]:
+        """Every way to write and who writes so; None: neither steered nor prompted."""
         config, concept, asked = self.config, self.concept, self.real.asked
-        drawn = Sampling(config.temperature, config.top_p, config.max_new_tokens)
-        ways = [item["way"] for item in self._ways if item["source"] == "steered"]
+        steering = config.steering.configurations(self.engine.info.n_layers)
+        prompting = config.prompting.configurations(len({pair.violating for pair in concept.pairs}))
         sampling = replace(PAPER_SAMPLING, max_new_tokens=config.fitting_tokens)
-        readings = [way.reading for way in ways]
+        readings = [way.reading for way in steering]
         self.directions = fitted(self.engine, concept, readings, self.folder / DIRECTIONS, sampling, self.say)
-        made = []
-        for item in self._ways:
-            way = item["way"]
-            if item["source"] == "steered":
-                edit = build(
-                    self.directions[way.reading],
-                    way.method,
-                    way.layer,
-                    way.strength,
-                    position=way.position,
-                    toward="violating",
-                )
-                made.append(steered(concept, asked, way.describe(), edit, drawn))
-            elif item["source"] == "prompted":
-                made.append(prompted(concept, asked, way, drawn, self.real.violating))
+        edits = edits_of(self.directions, steering, "violating")
+        drawn = Sampling(config.temperature, config.top_p, config.max_new_tokens)
         hot = replace(drawn, temperature=config.broken)
         return [
-            *made,
-            unsteered(concept, asked, drawn, VIOLATING),
-            unsteered(concept, asked, hot, VIOLATING, BROKEN),
+            *(
+                (way, steered(concept, asked, way.describe(), edit, drawn))
+                for way, edit in zip(steering, edits, strict=True)
+            ),
+            *((way, prompted(concept, asked, way, drawn, self.real.violating)) for way in prompting),
+            (None, unsteered(concept, asked, drawn, VIOLATING)),
+            (None, unsteered(concept, asked, hot, VIOLATING, BROKEN)),
         ]
 
     # Measuring -------------------------------------------------------------------------------------------------------
