@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 import steerwell as sw
-from steerwell.apps.harnesses.common import load_steered, proven, steering_from_args
+from steerwell.apps.harnesses.common import load_steered, steering_from_args
 from steerwell.core.errors import ArgumentError, EngineError, ModelMismatchError, UnknownNameError
 from steerwell.core.records import receipt_row
+from steerwell.engines.base import proven
 from tests import made
 
 

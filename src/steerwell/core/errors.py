@@ -45,6 +45,27 @@ class EngineError(SteerwellError, RuntimeError):
     """A model cannot be loaded, or the engine cannot do what was asked (never: silently unsteered)."""
 
 
+class NotAllowedError(SteerwellError):
+    """The server's policy forbids what a request asks for."""
+
+
+class TimedOutError(SteerwellError, TimeoutError):
+    """A request was not answered in its time."""
+
+
+class OverloadedError(SteerwellError):
+    """A server takes no more requests for now.
+
+    Args:
+        message: what is full, and what to do.
+        retry_after: seconds after which to try again.
+    """
+
+    def __init__(self, message: str, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
 class MissingDependencyError(SteerwellError, ImportError):
     """An optional dependency is not installed."""
 

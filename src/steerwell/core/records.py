@@ -40,22 +40,25 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What a model is asked: a conversation, or plain text for a model without chat template.
+    """What a model is asked: a conversation, plain text for a model without chat template, or token ids.
 
     Attributes:
         messages: turns, oldest first; earlier assistant turns count as prompt.
         text: plain text, used instead of `messages`; empty text is the model's begin token alone.
         prefill: the first words of the answer, put into the model's mouth; they count as prompt.
+        tokens: token ids as they are, used instead of `messages`; nothing is added to them.
     """
 
     messages: tuple[Message, ...] = ()
     text: str | None = None
     prefill: str = ""
+    tokens: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if bool(self.messages) == (self.text is not None):
-            got = "both" if self.messages else "neither"
-            raise ArgumentError(f"Prompt: got {got} of 'messages' and 'text'; give exactly one")
+        given = {"messages": bool(self.messages), "text": self.text is not None, "tokens": self.tokens is not None}
+        if sum(given.values()) != 1:
+            got = " and ".join(name for name, there in given.items() if there) or "none"
+            raise ArgumentError(f"Prompt: got {got} of 'messages', 'text' and 'tokens'; give exactly one")
 
     @property
     def system(self) -> str:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
-from steerwell.core.errors import ArgumentError, ModelMismatchError, UnknownNameError
-from steerwell.core.records import POOLS, Edit, ModelInfo, Pool, Prompt, Response, Sampling, Score, Vectors
+from steerwell.core.errors import ArgumentError, EngineError, ModelMismatchError, UnknownNameError
+from steerwell.core.records import POOLS, Edit, ModelInfo, Pool, Prompt, Receipt, Response, Sampling, Score, Vectors
 
 T = TypeVar("T")
 Edits = Edit | None | Sequence[Edit | None]
@@ -20,6 +20,80 @@ class Chunk:
 
     text: str
     response: Response | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One answer that is wanted of a running batch.
+
+    Attributes:
+        prompt: what is asked.
+        sampling: how the answer is drawn.
+        edit: how it is steered; None: not at all.
+        logprobs: how many of the likeliest tokens to tell with every token; None: no log-probabilities.
+        echo: tell the prompt's tokens' log-probabilities too; needs `logprobs`.
+        trace: tell every token's projections and whether it was edited.
+    """
+
+    prompt: Prompt
+    sampling: Sampling
+    edit: Edit | None = None
+    logprobs: int | None = None
+    echo: bool = False
+    trace: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One token of an answer, or of an echoed prompt.
+
+    Attributes:
+        id: token id.
+        text: what it says, decoded alone.
+        logprob: nats, of the model's distribution before temperature; None: not asked for, or nothing came before.
+        top: the likeliest tokens at its place, (id, text, log-probability), most likely first.
+        projections: per term of the edit: h . v before it, of the state that yields this token; activation units.
+        edited: per term of the edit: whether its gate was open there.
+    """
+
+    id: int
+    text: str
+    logprob: float | None = None
+    top: tuple[tuple[int, str, float], ...] = ()
+    projections: tuple[float, ...] = ()
+    edited: tuple[bool, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A finished answer of a running batch.
+
+    Attributes:
+        response: the answer.
+        prompt_tokens: tokens of the prompt.
+        completion_tokens: generated tokens; the end token counts.
+        prompt_logprobs: the prompt's tokens, where `echo` was asked for.
+    """
+
+    response: Response
+    prompt_tokens: int
+    completion_tokens: int
+    prompt_logprobs: tuple[Token, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What a running batch has added to an answer; texts join to the answer's.
+
+    Attributes:
+        text: the new text.
+        tokens: its tokens, where log-probabilities or a trace were asked for.
+        answer: the whole, with the last piece.
+    """
+
+    text: str
+    tokens: tuple[Token, ...] = ()
+    answer: Answer | None = None
 
 
 class Engine(Protocol):
@@ -163,6 +237,18 @@ def pooled_span(pool: Pool, start: int, end: int) -> tuple[int, int]:
     if pool not in POOLS:
         raise UnknownNameError("pool", pool, POOLS)
     return (start - 1, start) if pool == "prompt_last" else (start, end)
+
+
+def proven(receipt: Receipt | None, edit: Edit | None) -> Receipt | None:
+    """The receipt of an answer that was asked for under `edit`.
+
+    Raises:
+        EngineError: the answer was not made under that edit.
+    """
+    made, asked = receipt and receipt.edit_id, edit and edit.id
+    if made != asked:
+        raise EngineError(f"an answer was made under edit {made}, but {asked} was asked for; report this as a bug")
+    return receipt
 
 
 def length_sorted(lengths: Sequence[int], size: int) -> list[list[int]]:

@@ -243,6 +243,8 @@ def _draw(logits: Array, how: Sampling, uniform: float) -> int:
 
 def _encode(prompt: Prompt) -> list[int]:
     """Bytes of the prompt behind a begin byte; a turn is told by its role's first letter."""
+    if prompt.tokens is not None:
+        return list(prompt.tokens)
     if prompt.text is not None:
         text = prompt.text
     else:

@@ -7,6 +7,7 @@ Shapes: B rows, T tokens, D = d_model. Every row has its own (v, c, g, a, b). Th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Self
@@ -40,6 +41,23 @@ class Coefficients:
     def select(self, rows: Tensor) -> Self:
         """The coefficients of some rows, in the order given."""
         return self._each(lambda tensor: tensor[rows.to(tensor.device)])
+
+    def idle(self, rows: int) -> Self:
+        """As many rows of the same width that change nothing: zero vectors behind a gate that never opens."""
+        like = self.gate.new_zeros((rows, 1))
+        vectors = self.direction.new_zeros((rows, *self.direction.shape[1:]))
+        return type(self)(vectors, None, like - math.inf, like, like)
+
+    def joined(self, other: Self) -> Self:
+        """These rows and then the other's, on this one's device."""
+        other = other.to(self.gate.device)
+        gated = self.gate_direction is not None or other.gate_direction is not None
+        gates = [terms.direction if terms.gate_direction is None else terms.gate_direction for terms in (self, other)]
+        return type(self)(
+            torch.cat([self.direction, other.direction]),
+            torch.cat(gates) if gated else None,
+            *(torch.cat([getattr(self, name), getattr(other, name)]) for name in ("gate", "offset", "gain")),
+        )
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Self:
         values = (getattr(self, field.name) for field in fields(self))

@@ -1,4 +1,4 @@
-"""What the harnesses share: a steered model from their flat arguments, and proof that its answers were steered."""
+"""What the harnesses share: a steered model from their flat arguments."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from steerwell.core.errors import ArgumentError, EngineError, MissingDependencyError, UnknownNameError
+from steerwell.core.errors import ArgumentError, MissingDependencyError, UnknownNameError
 from steerwell.core.policy import Policy, load_policy
-from steerwell.core.records import Edit, Receipt
+from steerwell.core.records import Edit
 from steerwell.steering.policies import policy_edit
 
 if TYPE_CHECKING:
@@ -92,18 +92,6 @@ def steering_from_args(args: Mapping[str, Any]) -> Edit | None:
         raise ArgumentError(f"{beside[0]}: the policy says how to steer; give either a policy or a direction")
     paths = args["policy"] if isinstance(args["policy"], (list, tuple)) else [args["policy"]]
     return Edit.compose(policy_edit(load_policy(str(path))) for path in paths)
-
-
-def proven(receipt: Receipt | None, edit: Edit | None) -> Receipt | None:
-    """The receipt of an answer that was asked for under `edit`.
-
-    Raises:
-        EngineError: the answer was not made under that edit.
-    """
-    made, asked = receipt and receipt.edit_id, edit and edit.id
-    if made != asked:
-        raise EngineError(f"an answer was made under edit {made}, but {asked} was asked for; report this as a bug")
-    return receipt
 
 
 def _policy(args: Mapping[str, Any]) -> Policy:

@@ -26,9 +26,10 @@ from inspect_ai.model import (
 from inspect_ai.tool import ToolChoice, ToolInfo
 
 from steerwell.apps.harnesses.batcher import Batcher
-from steerwell.apps.harnesses.common import load_steered, proven
+from steerwell.apps.harnesses.common import load_steered
 from steerwell.core.errors import ArgumentError, SteerwellError
 from steerwell.core.records import Message, Prompt, Response, Sampling, receipt_row
+from steerwell.engines.base import proven
 
 MAX_TOKENS = 2048  # as in Inspect's own local providers
 REFUSED = (

@@ -22,10 +22,10 @@ from lm_eval.models.utils import normalize_gen_kwargs  # its package registers l
 from lm_eval.utils import get_rolling_token_windows
 from tqdm import tqdm
 
-from steerwell.apps.harnesses.common import load_steered, proven
+from steerwell.apps.harnesses.common import load_steered
 from steerwell.core.errors import ArgumentError, SteerwellError
 from steerwell.core.records import Edit, Message, Prompt, Receipt, Sampling, Score
-from steerwell.engines.base import length_sorted
+from steerwell.engines.base import length_sorted, proven
 from steerwell.engines.hf import HFEngine
 from steerwell.testbed.bundled import BUNDLED
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from steerwell.core.records import Edit, ModelInfo, Pool, Prompt, Response, Sampling, Score, Vectors
 from steerwell.engines.base import (
+    Asked,
     Chunk,
     Edits,
     Samplings,
@@ -22,7 +23,7 @@ from steerwell.engines.base import (
     row_prompts,
     row_samplings,
 )
-from steerwell.engines.hf.decode import Row, decode
+from steerwell.engines.hf.batch import Batch, Row, decode
 from steerwell.engines.hf.model import LoadedModel, load
 from steerwell.engines.hf.plan import Plan, Scope
 from steerwell.engines.hf.text import TextStream
@@ -119,7 +120,7 @@ class HFEngine:
                 pass
             if progress is not None:
                 progress(len(batch))
-        return [_response(row) for row in rows]
+        return [row.response() for row in rows]
 
     def stream(self, prompt: Prompt, sampling: Sampling = GREEDY, edit: Edit | None = None) -> Iterator[Chunk]:
         """Answer one prompt piece by piece; the last chunk carries the response. Arguments are checked at once."""
@@ -130,7 +131,7 @@ class HFEngine:
             piece = row.text.fresh(row.tokens, done=row.finish is not None)
             if piece:
                 yield Chunk(piece)
-        yield Chunk("", _response(row))
+        yield Chunk("", row.response())
 
     def capture(
         self,
@@ -191,12 +192,28 @@ class HFEngine:
         ends = range(1, len(listed) + 1)
         return [stream.fresh(listed[:end], done=end == len(listed)) for end in ends]
 
+    def batch(self) -> Batch:
+        """An empty batch for rows of `row`, which may join it while others decode if the model's cache can do that."""
+        return Batch(self._model, joins=self._model.joinable)
+
+    def row(self, asked: Asked) -> Row:
+        """What a batch needs to answer one request; everything is checked here.
+
+        Raises:
+            ArgumentError: a prompt that the model cannot read, or that fills its context.
+            ModelMismatchError: an edit of another model.
+            UnknownNameError: a layer that the model does not have.
+        """
+        (row,) = self._rows([asked.prompt], asked.sampling, asked.edit)
+        row.logprobs, row.echo, row.trace = asked.logprobs, asked.echo, asked.trace
+        return row
+
     def _rows(self, prompts: Sequence[Prompt], sampling: Samplings, edits: Edits) -> list[Row]:
         listed = row_prompts(prompts)
         drawn, steered = row_samplings(sampling, len(listed)), row_edits(edits, len(listed), self.info)
         rows = []
         for prompt, how, edit in zip(listed, drawn, steered, strict=True):
-            ids = self._model.codec.encode(prompt)
+            ids = self._model.encode(prompt)
             limit = self._model.room(ids, how.max_new_tokens)
             rows.append(Row(prompt, ids, how, edit, TextStream(self._model.codec, how.stop), limit))
         return rows
@@ -210,7 +227,7 @@ class HFEngine:
         """
         check_responses(responses, len(prompts), self._model.vocabulary)
         steered = row_edits(edits, len(prompts), self.info)
-        starts = [self._model.codec.encode(prompt) for prompt in prompts]
+        starts = [self._model.encode(prompt) for prompt in prompts]
         for start, tokens in zip(starts, responses, strict=True):
             self._model.room([*start, *tokens[:-1]], 1)
         for batch in length_sorted([len(a) + len(b) for a, b in zip(starts, responses, strict=True)], self.batch_size):
@@ -224,12 +241,6 @@ class HFEngine:
             real, device = places < end - tail, self._model.device
             scope = Scope(real.to(device), (real & (places >= first - 1)).to(device))
             yield batch, ids.to(device), scope, spans, Plan([steered[i] for i in batch], self.info.d_model, device)
-
-
-def _response(row: Row) -> Response:
-    assert row.finish is not None  # noqa: S101 - decode() ends when every row has finished
-    text = row.text.final(row.tokens)
-    return Response(row.prompt, text, tuple(row.tokens), row.finish, row.sampling, row.receipt)
 
 
 def _read(logits: Tensor, ids: Tensor, start: int, end: int) -> tuple[Vectors, Vectors, NDArray[np.bool_]]:

@@ -15,8 +15,9 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from steerwell.core.errors import ArgumentError, EngineError
-from steerwell.core.records import Vectors
+from steerwell.core.records import Prompt, Vectors
 from steerwell.engines.hf.blocks import decoder_blocks, hidden_of, model_info
+from steerwell.engines.hf.cache import joinable
 from steerwell.engines.hf.plan import Plan, Scope
 from steerwell.engines.hf.text import TextCodec
 from steerwell.testbed.bundled import MODELS, bundled_path
@@ -40,6 +41,7 @@ class LoadedModel:
         self.pad_id = int(tokenizer.pad_token_id or 0)
         config = model.config.get_text_config(decoder=True)
         self.max_length: int | None = getattr(config, "max_position_embeddings", None)
+        self.joinable = joinable(model)
         self._accepts = set(inspect.signature(model.forward).parameters)
         self._lock = threading.Lock()
 
@@ -62,10 +64,33 @@ class LoadedModel:
             )
         return min(wanted, self.max_length - len(prompt))
 
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt, up to where the answer begins.
+
+        Raises:
+            ArgumentError: it holds no token, or one that the model does not have.
+        """
+        ids = self.codec.encode(prompt)
+        if prompt.tokens is not None and not (min(ids) >= 0 and max(ids) < self.vocabulary):
+            raise ArgumentError(f"prompt: holds token ids outside 0 to {self.vocabulary - 1}")
+        return ids
+
     def step(
-        self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Any, plan: Plan, scope: Scope, *, prompt: bool
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        positions: Tensor,
+        cache: Any,
+        plan: Plan,
+        scope: Scope,
+        *,
+        prompt: bool,
+        keep: int = 1,
     ) -> tuple[Tensor, Any]:
-        """One forward pass of generation: logits [B, vocabulary] of the last position, and the grown cache."""
+        """One forward pass of generation, and the grown cache: logits [B, keep, vocabulary] of the last positions.
+
+        `keep` 0 means all of them.
+        """  # fmt: skip
         with self._lock, plan.applied(self.blocks, scope, prompt=prompt):
             output = self._forward(
                 ids,
@@ -73,9 +98,9 @@ class LoadedModel:
                 position_ids=positions,
                 past_key_values=cache,
                 use_cache=True,
-                logits_to_keep=1,
+                logits_to_keep=keep,
             )
-        return output.logits[:, -1], output.past_key_values
+        return output.logits, output.past_key_values
 
     def read(self, ids: Tensor, plan: Plan, scope: Scope, keep: int) -> Tensor:
         """One teacher-forced pass over right-padded rows: logits [B, keep, vocabulary] of the last positions."""
@@ -96,10 +121,6 @@ class LoadedModel:
             missing = sorted(set(range(len(self.blocks))) - set(found))
             raise EngineError(f"layers {missing} were not run, so their states cannot be read")
         return torch.stack([found[layer].cpu() for layer in range(len(self.blocks))], 1).numpy()
-
-    def can_shrink(self, cache: Any) -> bool:
-        """Whether finished rows can leave the cache."""
-        return hasattr(cache, "batch_select_indices")
 
     @contextmanager
     def _watched(self, found: dict[int, Tensor], weights: Tensor) -> Iterator[None]:

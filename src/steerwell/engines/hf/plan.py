@@ -56,9 +56,30 @@ class _Slot:
         """Tokens in scope of each row's own position, bool [B, T]."""
         return real if self.response_only is None else torch.where(self.response_only, response, real)
 
+    def select(self, rows: Sequence[int], index: Tensor) -> None:
+        """Keep some rows, given as numbers and as a tensor."""
+        self.terms = [self.terms[row] for row in rows]
+        self.coefficients = self.coefficients.select(index)
+        if self.response_only is not None:
+            self.response_only = self.response_only[index.to(self.response_only.device)]
+
+    def idle(self, rows: int) -> _Slot:
+        """The same place for rows that have no term there."""
+        return _Slot(self.place, [None] * rows, self.coefficients.idle(rows), None)
+
+    def joined(self, other: _Slot) -> _Slot:
+        """The same place for the rows of both, this one's first."""
+        response = None
+        if self.response_only is not None or other.response_only is not None:
+            pair = [slot.coefficients.gate > math.inf if slot.response_only is None else slot.response_only
+                    for slot in (self, other)]  # fmt: skip
+            response = torch.cat([pair[0], pair[1].to(pair[0].device)])
+        both = self.coefficients.joined(other.coefficients)
+        return _Slot(self.place, self.terms + other.terms, both, response)
+
 
 class Plan:
-    """The edits of a batch. `applied` steers one forward pass; `receipts` tells what was done.
+    """The edits of a batch's rows. `applied` steers one forward pass; `receipt` tells what was done to a row.
 
     Args:
         edits: one per row, or None.
@@ -68,12 +89,10 @@ class Plan:
 
     def __init__(self, edits: Sequence[Edit | None], d_model: int, device: torch.device) -> None:
         self._edits = list(edits)
-        self._rows = list(range(len(edits)))  # rows still in the batch, by their first index
         self._slots = _lay_out(edits, d_model, device)
         self._scopes: list[Scope] = []  # of the passes since the last flush
-        self._sums = np.zeros((len(self._slots), len(edits), len(SUMS)))
-        self._sums[..., -1] = math.inf
-        self._steered = np.array([[term is not None for term in slot.terms] for slot in self._slots], bool)
+        self._sums = _no_sums(len(self._slots), len(edits))
+        self._broken: dict[int, int] = {}  # row -> layer that met activations that are not finite
         self._device = device
 
     @contextmanager
@@ -88,6 +107,8 @@ class Plan:
         Raises:
             EngineError: a steered block did not run its hook exactly once (a compiled model, say).
         """
+        if len(self._scopes) == FLUSH_EVERY:
+            self._flush()
         handles: list[RemovableHandle] = []
         try:
             for slot in self._slots:
@@ -103,20 +124,50 @@ class Plan:
                     f"layer {slot.layer} ran its steering {len(slot.traces) - len(self._scopes) + 1} times in one "
                     "pass, expected once; load the model without torch.compile and without gradient checkpointing"
                 )
-        if len(self._scopes) == FLUSH_EVERY:
-            self._flush()
 
-    def keep(self, rows: Sequence[int], device: torch.device) -> None:
+    def keep(self, rows: Sequence[int]) -> None:
         """Drop the rows of the batch that are not in `rows` (indices into the current batch)."""
-        if not self._slots:
-            return
         self._flush()
-        index = torch.tensor(list(rows), device=device)
-        for slot in self._slots:
-            slot.coefficients = slot.coefficients.select(index)
-            if slot.response_only is not None:
-                slot.response_only = slot.response_only[index.to(slot.response_only.device)]
-        self._rows = [self._rows[row] for row in rows]
+        index = torch.tensor(list(rows), device=self._device)
+        kept = []
+        for number, slot in enumerate(self._slots):
+            slot.select(rows, index)
+            if any(slot.terms):
+                kept.append(number)
+        self._sums = self._sums[kept][:, rows]
+        self._slots = [self._slots[number] for number in kept]
+        self._edits = [self._edits[row] for row in rows]
+        self._broken = {new: self._broken[row] for new, row in enumerate(rows) if row in self._broken}
+
+    def join(self, other: Plan) -> None:
+        """Add the rows of `other` after this plan's own; `other` is used up."""
+        self._flush()
+        other._flush()
+        mine, theirs = ({slot.place: (slot, plan._sums[n]) for n, slot in enumerate(plan._slots)}
+                        for plan in (self, other))  # fmt: skip
+        slots, sums, sizes = [], [], (len(self._edits), len(other._edits))
+        for place in sorted(mine.keys() | theirs.keys()):
+            known = mine.get(place) or theirs[place]
+            pair = [found.get(place) or (known[0].idle(size), _no_sums(1, size)[0])
+                    for found, size in zip((mine, theirs), sizes, strict=True)]  # fmt: skip
+            slots.append(pair[0][0].joined(pair[1][0]))
+            sums.append(np.concatenate([pair[0][1], pair[1][1]]))
+        self._slots, self._sums = slots, np.stack(sums) if sums else _no_sums(0, sum(sizes))
+        self._broken |= {sizes[0] + row: layer for row, layer in other._broken.items()}
+        self._edits += other._edits
+
+    def latest(self) -> list[tuple[tuple[float, bool], ...]]:
+        """What every row's terms met at the newest token: (projection before, whether the gate was open)."""
+        if not self._slots:
+            return [()] * len(self._edits)
+        traces = [slot.traces[-1] for slot in self._slots]
+        projections = torch.stack([trace.projection[:, -1].float().to(self._device) for trace in traces]).tolist()
+        fired = torch.stack([trace.fired[:, -1].to(self._device) for trace in traces]).tolist()
+        at = {slot.place: number for number, slot in enumerate(self._slots)}
+        return [
+            tuple((projections[at[place]][row], fired[at[place]][row]) for place, _ in _places(edit)) if edit else ()
+            for row, edit in enumerate(self._edits)
+        ]
 
     def traced(self, spans: Sequence[tuple[int, int]]) -> list[tuple[TokenTrace, ...]]:
         """What every row's terms did in the latest pass, token by token; (first, end) tokens of each row."""
@@ -134,31 +185,48 @@ class Plan:
             tuple(cut(row, place) for place, _ in _places(edit)) if edit else () for row, edit in enumerate(self._edits)
         ]
 
-    def receipts(self) -> list[Receipt | None]:
-        """What was done to every row of the first batch, None for rows without edit."""
+    def fault(self, row: int) -> EngineError | None:
+        """Why a row cannot be steered: its activations are not finite, so a gate would stay shut."""
         self._flush()
-        return [None if edit is None else self._receipt(row, edit) for row, edit in enumerate(self._edits)]
+        if row not in self._broken:
+            return None
+        return EngineError(
+            f"layer {self._broken[row]}, row {row}: the activations are not finite, so they cannot be steered; load "
+            "the model with dtype='bfloat16' or 'float32', or steer with less strength"
+        )
 
-    def _receipt(self, row: int, edit: Edit) -> Receipt:
-        slots = {slot.place: index for index, slot in enumerate(self._slots)}
-        terms = (_term_receipt(term, *self._sums[slots[place], row].tolist()) for place, term in _places(edit))
+    def receipt(self, row: int) -> Receipt | None:
+        """What was done to a row of the batch; None: it has no edit."""
+        self._flush()
+        edit = self._edits[row]
+        if edit is None:
+            return None
+        at = {slot.place: number for number, slot in enumerate(self._slots)}
+        terms = (_term_receipt(term, *self._sums[at[place], row].tolist()) for place, term in _places(edit))
         return Receipt(edit.id, tuple(terms))
 
+    def receipts(self) -> list[Receipt | None]:
+        """The receipt of every row.
+
+        Raises:
+            EngineError: the activations of a row are not finite.
+        """
+        for row in range(len(self._edits)):
+            if (fault := self.fault(row)) is not None:
+                raise fault
+        return [self.receipt(row) for row in range(len(self._edits))]
+
     def _flush(self) -> None:
-        """Add the traces to their rows' sums. A projection that is not finite is an error: its gate would stay shut."""
+        """Add the traces to their rows' sums. A projection that is not finite is a fault: its gate would stay shut."""
         if not (self._slots and self._scopes):
             self._scopes.clear()
             return
         sums = self._added_up()
-        wrong = self._steered[:, self._rows] & ~np.isfinite(sums[..., SUMS.index("before")])
-        if wrong.any():
-            slot, row = np.argwhere(wrong)[0].tolist()
-            raise EngineError(
-                f"layer {self._slots[slot].layer}, row {self._rows[row]}: the activations are not finite, so they "
-                "cannot be steered; load the model with dtype='bfloat16' or 'float32'"
-            )
-        self._sums[:, self._rows, :-1] += sums[..., :-1]
-        self._sums[:, self._rows, -1] = np.minimum(self._sums[:, self._rows, -1], sums[..., -1])
+        steered = np.array([[term is not None for term in slot.terms] for slot in self._slots], bool)
+        for number, row in np.argwhere(steered & ~np.isfinite(sums[..., SUMS.index("before")])).tolist():
+            self._broken.setdefault(row, self._slots[number].layer)
+        self._sums[..., :-1] += sums[..., :-1]
+        self._sums[..., -1] = np.minimum(self._sums[..., -1], sums[..., -1])
         self._scopes.clear()
         for slot in self._slots:
             slot.traces.clear()
@@ -190,6 +258,13 @@ class Plan:
         }
         array: NDArray[np.float64] = torch.stack([sums[name] for name in SUMS], -1).cpu().double().numpy()
         return array
+
+
+def _no_sums(slots: int, rows: int) -> NDArray[np.float64]:
+    """`SUMS` of nothing, [slots, B, SUMS]."""
+    sums = np.zeros((slots, rows, len(SUMS)))
+    sums[..., -1] = math.inf
+    return sums
 
 
 def _hook(slot: _Slot, scope: Scope, prompt: bool) -> Callable[..., Any]:

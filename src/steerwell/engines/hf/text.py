@@ -23,7 +23,9 @@ class TextCodec:
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt, up to where the answer begins."""
-        if prompt.text is not None:
+        if prompt.tokens is not None:
+            ids = list(prompt.tokens)
+        elif prompt.text is not None:
             ids = self._tokenizer(prompt.text)["input_ids"]
         elif self._tokenizer.chat_template:
             ids = self._tokenizer(self._render(prompt.messages), add_special_tokens=False)["input_ids"]
@@ -84,6 +86,7 @@ class TextStream:
         self._codec, self._stop = codec, stop
         self._window = max((len(text.encode()) for text in stop), default=0) + 16  # a token may be a single byte
         self._shown = 0
+        self._text, self._read = "", (0, 0)  # of all tokens but an unfinished character; see `_grown`
 
     def stopped(self, tokens: Sequence[int]) -> bool:
         """Whether a stop string stands in the newest text (a window that any stop string fits into)."""
@@ -94,19 +97,34 @@ class TextStream:
 
     def final(self, tokens: Sequence[int]) -> str:
         """The whole text, cut before the first stop string."""
-        text = self._codec.decode(tokens)
-        ends = [text.find(stop) for stop in self._stop]
-        return text[: min((end for end in ends if end >= 0), default=len(text))]
+        return self._cut(self._codec.decode(tokens))
 
     def fresh(self, tokens: Sequence[int], *, done: bool) -> str:
         """Text not yet shown; an unfinished character or a possible beginning of a stop string is held back."""
-        text = self.final(tokens)
-        if not done:
-            text = text.rstrip("\N{REPLACEMENT CHARACTER}")
+        if done:
+            text = self.final(tokens)
+        else:
+            text = self._cut(self._grown(tokens))
             longest = max((_overlap(text, stop) for stop in self._stop), default=0)
             text = text[: len(text) - longest]
         piece, self._shown = text[self._shown :], max(self._shown, len(text))
         return piece
+
+    def _grown(self, tokens: Sequence[int]) -> str:
+        """The text of all tokens but an unfinished character; only the newest tokens are decoded.
+
+        A tokenizer may drop the space before what it takes for a beginning, so new tokens are decoded behind those
+        that were new the last time, whose text is then left out.
+        """
+        begin, known = self._read
+        behind, text = self._codec.decode(tokens[begin:known]), self._codec.decode(tokens[begin:])
+        if len(text) > len(behind) and not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            self._text, self._read = self._text + text[len(behind) :], (known, len(tokens))
+        return self._text
+
+    def _cut(self, text: str) -> str:
+        ends = [text.find(stop) for stop in self._stop]
+        return text[: min((end for end in ends if end >= 0), default=len(text))]
 
 
 def _overlap(text: str, stop: str) -> int:
