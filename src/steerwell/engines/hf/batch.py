@@ -133,6 +133,8 @@ class Batch:
         if not kept:
             self._clear()
             return
+        tail = [index for index in kept if index >= len(kept)]  # these fill the gaps, so that few rows move
+        kept = [index if self.rows[index].finish is None else tail.pop() for index in range(len(kept))]
         self._plan.keep(kept)
         index = torch.tensor(kept, device=self._model.device)
         with torch.inference_mode():
@@ -140,7 +142,7 @@ class Batch:
             if self.joins:
                 longest = int(self._mask.sum(1).max())
                 self._mask = self._mask[:, -longest:]
-                caches.keep(self._cache, index, longest)
+                caches.keep(self._cache, kept, longest)
             else:
                 self._cache.batch_select_indices(index)
         self.rows, self._going = [self.rows[row] for row in kept], None
@@ -235,7 +237,7 @@ def decode(model: LoadedModel, rows: Sequence[Row]) -> Any:
     Raises:
         EngineError: the activations of a row are not finite.
     """
-    batch, listed = Batch(model), list(rows)
+    batch, listed = Batch(model, joins=model.joinable and not model.slides), list(rows)
     batch.join(listed)
     yield
     while batch.alive:

@@ -1,17 +1,19 @@
 """Keys and values of a running batch: rows join it and leave it, every row's newest token in the last column.
 
-Caches are transformers' `DynamicCache`, whose layers hold keys and values [B, heads, T, D].
+Growing, joining and leaving write in place, into buffers with room to spare, where transformers' own layers copy every
+key and value at every token.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+ROOM = 32  # columns to spare, at least; half of what is there, if that is more
 
 
 def joinable(network: nn.Module) -> bool:
@@ -19,37 +21,108 @@ def joinable(network: nn.Module) -> bool:
 
     A recurrent state, or attention in chunks of absolute columns, cannot be moved.
     """
-    config: Any = network.config
-    text = config.get_text_config(decoder=True)
+    text = _text_config(network)
     if getattr(network, "_is_stateful", False) or getattr(text, "attention_chunk_size", None):
         return False
-    layers = DynamicCache(config=config).layers
-    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=text).layers)
 
 
-def empty() -> Any:
-    """A cache whose layers keep every column; the model's masks do what sliding windows ask for."""
-    return DynamicCache()
+def slides(network: nn.Module) -> bool:
+    """Whether the model's own cache forgets what has left a sliding window; ours keeps it, behind the model's mask."""
+    return any(type(layer) is DynamicSlidingWindowLayer for layer in DynamicCache(config=_text_config(network)).layers)
 
 
-def join(old: Any, new: Any) -> None:
-    """Add the rows of `new` to `old`, after its own; the narrower one is filled up on the left."""
+def empty() -> DynamicCache:
+    """A cache of `Columns`."""
+    cache = DynamicCache()
+    cache.layer_class_to_replicate = Columns
+    return cache
+
+
+class Columns(DynamicLayer):  # type: ignore[no-untyped-call]
+    """One layer's keys and values, views [rows, heads, columns, D] into buffers that are larger.
+
+    What lies outside the views may be of rows that are gone; it is zeroed before a view reaches it, so that no number
+    of theirs, NaN for one, is ever multiplied.
+    """
+
+    def __init__(self, **_: Any) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._stores: list[Tensor] = []  # keys and values, [row capacity, heads, column capacity, D]
+        self._rows = self._begin = self._end = 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Append columns for every row; all keys and values."""
+        new = [key_states, value_states]
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self._stores, self._rows, self._end = new, key_states.shape[0], key_states.shape[2]
+            return self._look()
+        end = self._end + key_states.shape[2]
+        if end > self._stores[0].shape[2]:
+            self._move(self._rows, self.get_seq_length(), key_states.shape[2])
+            end = self._end + key_states.shape[2]
+        for store, states in zip(self._stores, new, strict=True):
+            store[: self._rows, :, self._end : end] = states
+        self._end = end
+        return self._look()
+
+    def get_seq_length(self) -> int:
+        """Columns."""
+        return self._end - self._begin
+
+    def join(self, other: Columns) -> None:
+        """Add another layer's rows after the own ones; the narrower one is filled up with zeros on the left."""
+        width, rows = max(self.get_seq_length(), other.get_seq_length()), self._rows + other._rows
+        if self._end < width or rows > self._stores[0].shape[0]:
+            self._move(rows, width, 0)
+        begin, own = self._end - width, self._end - other.get_seq_length()
+        for store, states in zip(self._stores, other._look(), strict=True):
+            store[: self._rows, :, begin : self._begin] = 0
+            store[self._rows : rows, :, begin:own] = 0
+            store[self._rows : rows, :, own : self._end] = states
+        self._rows, self._begin = rows, begin
+        self._look()
+
+    def keep(self, rows: Sequence[int], width: int) -> None:
+        """Keep some rows, row `rows[i]` as row i, and the last `width` columns; the i-th row kept is never before i."""
+        for store in self._stores:
+            for new, old in enumerate(rows):
+                if new != old:
+                    store[new, :, self._begin : self._end] = store[old, :, self._begin : self._end]
+        self._rows, self._begin = len(rows), self._end - width
+        self._look()
+
+    def _look(self) -> tuple[Tensor, Tensor]:
+        self.keys, self.values = (store[: self._rows, :, self._begin : self._end] for store in self._stores)
+        return self.keys, self.values
+
+    def _move(self, rows: int, width: int, more: int) -> None:
+        """Into larger buffers, the columns at their end but for the room that is to come: `width` and `more` fit."""
+        old_rows, heads, _, _ = self._stores[0].shape
+        capacity = old_rows if rows <= old_rows else max(rows, 2 * old_rows)
+        room, length = more + max(ROOM, width // 2), self.get_seq_length()
+        moved = []
+        for store in self._stores:
+            larger = store.new_zeros((capacity, heads, width + room, store.shape[3]))
+            larger[: self._rows, :, width - length : width] = store[: self._rows, :, self._begin : self._end]
+            moved.append(larger)
+        self._stores, self._begin, self._end = moved, width - length, width
+
+
+def join(old: DynamicCache, new: DynamicCache) -> None:
+    """Add the rows of `new` to `old`, after its own."""
     for mine, other in zip(old.layers, new.layers, strict=True):
-        if not mine.is_initialized:  # a layer that reads another layer's keys
-            continue
-        width = max(mine.get_seq_length(), other.get_seq_length())
-        mine.keys = torch.cat([_wide(mine.keys, width), _wide(other.keys, width)])
-        mine.values = torch.cat([_wide(mine.values, width), _wide(other.values, width)])
+        if isinstance(mine, Columns) and isinstance(other, Columns) and mine.is_initialized:
+            mine.join(other)  # else it is a layer that reads another layer's keys
 
 
-def keep(cache: Any, rows: Tensor, width: int) -> None:
-    """Keep some rows and the last `width` columns."""
+def keep(cache: DynamicCache, rows: Sequence[int], width: int) -> None:
+    """Keep some rows and the last `width` columns of every layer; see `Columns.keep`."""
     for layer in cache.layers:
-        if layer.is_initialized:
-            index = rows.to(layer.keys.device)
-            layer.keys, layer.values = layer.keys[index, :, -width:], layer.values[index, :, -width:]
+        if isinstance(layer, Columns) and layer.is_initialized:
+            layer.keep(rows, width)
 
 
-def _wide(states: Any, width: int) -> Tensor:
-    """[B, heads, T, D] -> [B, heads, width, D], zeros on the left."""
-    return pad(states, (0, 0, width - states.shape[-2], 0))
+def _text_config(network: nn.Module) -> Any:
+    return network.config.get_text_config(decoder=True)  # type: ignore[operator,union-attr]

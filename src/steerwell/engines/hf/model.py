@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from steerwell.core.errors import ArgumentError, EngineError
 from steerwell.core.records import Prompt, Vectors
 from steerwell.engines.hf.blocks import decoder_blocks, hidden_of, model_info
-from steerwell.engines.hf.cache import joinable
+from steerwell.engines.hf.cache import joinable, slides
 from steerwell.engines.hf.plan import Plan, Scope
 from steerwell.engines.hf.text import TextCodec
 from steerwell.testbed.bundled import MODELS, bundled_path
@@ -41,7 +41,7 @@ class LoadedModel:
         self.pad_id = int(tokenizer.pad_token_id or 0)
         config = model.config.get_text_config(decoder=True)
         self.max_length: int | None = getattr(config, "max_position_embeddings", None)
-        self.joinable = joinable(model)
+        self.joinable, self.slides = joinable(model), slides(model)
         self._accepts = set(inspect.signature(model.forward).parameters)
         self._lock = threading.Lock()
 
