@@ -17,7 +17,7 @@ from numpy.testing import assert_array_equal
 from safetensors.numpy import save as save_tensors
 
 from steerwell.core import artifacts
-from steerwell.core.artifacts import load_artifact, load_direction, save_artifact, save_direction
+from steerwell.core.artifacts import load_artifact, load_direction, read_direction, save_artifact, save_direction
 from steerwell.core.errors import ArgumentError, ArtifactError, ModelMismatchError
 from steerwell.core.records import Direction
 from tests import made
@@ -390,3 +390,81 @@ def test_a_manifest_that_is_none(saved: Path, text: str) -> None:
     (saved / "artifact.json").write_text(text)
     with pytest.raises(ArtifactError, match="damaged"):
         load_direction(saved)
+
+
+def files_of(folder: Path) -> tuple[bytes, bytes]:
+    return (folder / "artifact.json").read_bytes(), tensors_of(folder).read_bytes()
+
+
+def no_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on, opening any file is an error."""
+
+    def touched(*arguments: object, **options: object) -> None:
+        raise AssertionError(f"touched the file system: {arguments}")
+
+    for name in ("open", "read_bytes", "read_text", "stat"):
+        monkeypatch.setattr(Path, name, touched)
+    monkeypatch.setattr("builtins.open", touched)
+
+
+def test_a_direction_is_read_from_bytes(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest, tensors = files_of(saved)
+    no_files(monkeypatch)
+    assert_same(read_direction(manifest, tensors), made.direction())
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "", "a\0b", "tensors.safetensors", "\ud800\n"])
+def test_the_file_name_in_given_bytes_is_not_used(saved: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    tensors = tensors_of(saved).read_bytes()
+    manifest = manifest_of(saved)
+    manifest["tensors"]["file"] = name
+    resign(saved, manifest)
+    text = (saved / "artifact.json").read_bytes()
+    no_files(monkeypatch)
+    assert_same(read_direction(text, tensors), made.direction())
+    with pytest.raises(ArtifactError, match="is truncated or altered") as told:
+        read_direction(text, tensors[:-7])
+    str(told.value).encode()  # a message that can be sent
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(("place", "value"), WRONG)
+def test_every_field_of_given_bytes_must_stand_and_be_of_its_type(saved: Path, place: tuple, value: Any) -> None:
+    tensors = tensors_of(saved).read_bytes()
+    resign(saved, put(manifest_of(saved), place, value))
+    if place == ("tensors", "file") and value == "x":
+        return  # not used
+    with pytest.raises(ArtifactError, match="the given direction"):
+        read_direction((saved / "artifact.json").read_bytes(), tensors)
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"null", b"[]", b"{", b"\xff", b"[" * 100_000, b'{"schema": 1e400}', b"9" * 5000]
+)
+def test_given_bytes_that_are_no_manifest(text: bytes) -> None:
+    with pytest.raises(ArtifactError, match="the given direction is damaged"):
+        read_direction(text, b"")
+
+
+@FUZZ
+@given(data=st.data())
+def test_any_damaged_given_byte_gives_the_direction_or_an_error(saved: Path, data: st.DataObject) -> None:
+    files = list(files_of(saved))
+    which, byte = data.draw(st.integers(0, 1)), data.draw(st.binary(max_size=1))
+    whole = files[which]
+    at = data.draw(st.integers(0, len(whole) - 1))
+    files[which] = whole[:at] + byte + whole[at + 1 :]
+    try:
+        got = read_direction(*files)
+    except ArtifactError:
+        return
+    assert_same(got, made.direction())
+
+
+@pytest.mark.parametrize("text", ["\ud800", "two\nlines", "a\0b", "\x1b[2J"])
+def test_names_can_be_printed(saved: Path, text: str) -> None:
+    """They stand in messages, pages and labels."""
+    resign(saved, put(manifest_of(saved), ("content", "concept"), text))
+    with pytest.raises(ArtifactError, match="expected text of one line that can be printed") as told:
+        load_direction(saved)
+    str(told.value).encode()

@@ -16,7 +16,7 @@ from steerwell.steering.interventions import METHODS, build
 from steerwell.steering.kernel import Coefficients, gated_affine
 from tests import made
 
-METHOD_NAMES = ("clamp", "conditional", "directional_ablation", "stmp", "sttp", "swfc", "transport")
+METHOD_NAMES = ("clamp", "conditional", "directional_ablation", "monitor", "stmp", "sttp", "swfc", "transport")
 LAYER = 1
 
 
@@ -156,7 +156,34 @@ def test_conditional_is_gated_by_a_second_direction(direction, states, above: bo
     assert_array_equal(got[~passed], states[~passed])
 
 
-@pytest.mark.parametrize("method", ["swfc", "stmp", "conditional", "directional_ablation", "transport"])
+@pytest.mark.parametrize("strength", [0.0, -3.0, 1e9])
+@pytest.mark.parametrize("toward", ["aligned", "violating"])
+def test_monitor_changes_nothing_and_its_gate_is_the_boundary(direction, states, strength: float, toward: str) -> None:
+    """Its gate is open on the side that a method would steer from."""
+    (term,) = build(direction, "monitor", LAYER, strength, toward=toward).terms
+    assert_array_equal(term_applied(term, states), states)
+    _, calibration, before = read(direction, states)
+    far = before < calibration.boundary if toward == "aligned" else before > calibration.boundary
+    assert 0 < far.sum() < len(states)
+    assert_array_equal(states @ term.direction < term.gate, far)
+
+
+def test_monitors_receipt_tells_the_violating_tokens_and_no_change(engine) -> None:
+    direction = on_engine(engine, 1)
+    vector, calibration = direction.at(LAYER)
+    edit = build(direction, "monitor", LAYER, 0.0, position="response")
+    plain, watched = engine.generate([PROMPT, PROMPT], edits=[None, edit])
+    assert watched.token_ids == plain.token_ids
+    score = engine.score([PROMPT], [plain.token_ids], edit)[0]
+    (seen,), (trace,) = score.receipt.terms, score.traces
+    assert seen.projection_after == seen.projection_before
+    assert seen.perturbation == 0
+    assert seen.tokens_edited == (trace.projection < calibration.boundary).sum()
+    assert_array_equal(engine.capture([PROMPT], [[7]], edit), engine.capture([PROMPT], [[7]]))
+    assert engine.capture([PROMPT], [[7]], edit)[0, LAYER] @ vector < calibration.boundary  # as on_engine made it
+
+
+@pytest.mark.parametrize("method", ["swfc", "stmp", "conditional", "directional_ablation", "transport", "monitor"])
 @pytest.mark.parametrize("toward", ["aligned", "violating"])
 def test_strength_zero_changes_nothing(direction, states, method: str, toward: str) -> None:
     gate = made.direction(9) if method == "conditional" else None

@@ -12,7 +12,7 @@ import math
 import os
 import platform
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -76,37 +76,19 @@ def load_artifact(path: str | Path, kind: str) -> tuple[dict[str, np.ndarray], d
         ArtifactError: missing, truncated, altered, of another kind or of a schema this version does not know.
     """
     folder = Path(path)
-    try:
-        manifest = json.loads((folder / MANIFEST).read_bytes().decode("utf-8"))
-        _require(isinstance(manifest, dict), folder, f"{MANIFEST} holds no mapping")
-        got = manifest.get("schema")
-        fix = "update steerwell" if isinstance(got, int) and got > SCHEMA_VERSION else "fit it anew"
-        _require(type(got) is int and got == SCHEMA_VERSION, folder, f"schema {got!r}, expected {SCHEMA_VERSION}", fix)
-        _require(
-            manifest.get("kind") == kind,
-            folder,
-            f"kind {manifest.get('kind')!r}, expected {kind!r}",
-            f"give the folder of a {kind}",
-        )
-        _require(_checksum(manifest) == manifest.get("sha256"), folder, f"{MANIFEST} is altered")
-        entry = manifest.get("tensors")
-        name = entry.get("file") if isinstance(entry, dict) else None
-        if not isinstance(name, str) or Path(name).name != name:
+
+    def beside(name: str) -> bytes:
+        if Path(name).name != name:
             raise ArtifactError(f"{folder} is damaged: it names no tensor file; fit it anew")
-        raw = (folder / name).read_bytes()
-        _require(hashlib.sha256(raw).hexdigest() == entry.get("sha256"), folder, f"{name} is truncated or altered")
-        arrays = load_tensors(raw)
+        return (folder / name).read_bytes()
+
+    try:
+        return _checked((folder / MANIFEST).read_bytes(), beside, kind, str(folder))
     except FileNotFoundError as error:
         missing = Path(error.filename).name
         raise ArtifactError(f"{folder} is no {kind}: {missing} is missing; make one with 'steerwell fit -o'") from error
     except OSError as error:
         raise ArtifactError(f"{folder} cannot be read: {error.strerror or error}") from error
-    except (ValueError, KeyError, SafetensorError, RecursionError) as error:  # KeyError: a dtype that NumPy has not
-        raise ArtifactError(f"{folder} is damaged: {error}; fit it anew") from error
-    for name, array in arrays.items():
-        _require(bool(np.isfinite(array).all()), folder, f"tensor {name!r} holds NaN or infinity")
-    _require(isinstance(manifest.get("content"), dict), folder, "no content")
-    return arrays, manifest["content"]
 
 
 def save_direction(direction: Direction, path: str | Path) -> Path:
@@ -129,21 +111,21 @@ def load_direction(path: str | Path) -> Direction:
     Raises:
         ArtifactError: the artifact is missing, damaged or inconsistent.
     """
-    arrays, content = load_artifact(path, "direction")
-    try:
-        layers, provenance = content["calibration"], _strictly(_PROVENANCE, content["provenance"])
-        return Direction(
-            concept=_text(content["concept"]),
-            concept_hash=_text(content["concept_hash"]),
-            method=_text(content["method"]),
-            model=_strictly(_MODEL, content["model"]),
-            vectors=_float32(arrays["vectors"]),
-            mean_difference=_float32(arrays["mean_difference"]),
-            calibration=tuple(_strictly(_CALIBRATION, _none_as_nan(layer)) for layer in layers),
-            provenance=provenance,
-        )
-    except (KeyError, TypeError, ValidationError, ArgumentError) as error:
-        raise ArtifactError(f"direction {path} is not usable: {_detail(error)}; fit it anew") from error
+    return _direction(*load_artifact(path, "direction"), f"direction {path}")
+
+
+def read_direction(manifest: bytes, tensors: bytes) -> Direction:
+    """A direction from the bytes of its two files, checked as `load_direction` does; no file is opened.
+
+    Args:
+        manifest: the artifact's JSON file. The file name that it holds is not used.
+        tensors: the artifact's safetensors file.
+
+    Raises:
+        ArtifactError: the bytes are damaged, inconsistent, or no direction's.
+    """
+    where = "the given direction"
+    return _direction(*_checked(manifest, lambda _: tensors, "direction", where), where)
 
 
 def library_versions() -> dict[str, str]:
@@ -182,6 +164,51 @@ T = TypeVar("T")
 def _strictly(adapter: TypeAdapter[T], value: object) -> T:
     """Validate as JSON, where strict means: no text for a number, yet a list for a tuple and a mapping for a record."""
     return adapter.validate_json(json.dumps(value), strict=True)
+
+
+def _checked(
+    text: bytes, tensors: Callable[[str], bytes], kind: str, where: str
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """(arrays by name, content) of a manifest and of the tensor bytes that `tensors` gives for the name in it."""
+    try:
+        manifest = json.loads(text.decode("utf-8"))
+        _require(isinstance(manifest, dict), where, f"{MANIFEST} holds no mapping")
+        got = manifest.get("schema")
+        fix = "update steerwell" if isinstance(got, int) and got > SCHEMA_VERSION else "fit it anew"
+        _require(type(got) is int and got == SCHEMA_VERSION, where, f"schema {got!r}, expected {SCHEMA_VERSION}", fix)
+        found = manifest.get("kind")
+        _require(found == kind, where, f"kind {found!r}, expected {kind!r}", f"give the folder of a {kind}")
+        _require(_checksum(manifest) == manifest.get("sha256"), where, f"{MANIFEST} is altered")
+        entry = manifest.get("tensors")
+        name = entry.get("file") if isinstance(entry, dict) else None
+        if not isinstance(name, str):
+            raise ArtifactError(f"{where} is damaged: it names no tensor file; fit it anew")
+        raw = tensors(name)
+        _require(hashlib.sha256(raw).hexdigest() == entry.get("sha256"), where, f"{name!r} is truncated or altered")
+        arrays = load_tensors(raw)
+    except (ValueError, KeyError, SafetensorError, RecursionError) as error:  # KeyError: a dtype that NumPy has not
+        raise ArtifactError(f"{where} is damaged: {error}; fit it anew") from error
+    for name, array in arrays.items():
+        _require(bool(np.isfinite(array).all()), where, f"tensor {name!r} holds NaN or infinity")
+    _require(isinstance(manifest.get("content"), dict), where, "no content")
+    return arrays, manifest["content"]
+
+
+def _direction(arrays: Mapping[str, np.ndarray], content: Mapping[str, Any], where: str) -> Direction:
+    try:
+        layers, provenance = content["calibration"], _strictly(_PROVENANCE, content["provenance"])
+        return Direction(
+            concept=_text(content["concept"]),
+            concept_hash=_text(content["concept_hash"]),
+            method=_text(content["method"]),
+            model=_strictly(_MODEL, content["model"]),
+            vectors=_float32(arrays["vectors"]),
+            mean_difference=_float32(arrays["mean_difference"]),
+            calibration=tuple(_strictly(_CALIBRATION, _none_as_nan(layer)) for layer in layers),
+            provenance=provenance,
+        )
+    except (KeyError, TypeError, ValidationError, ArgumentError) as error:
+        raise ArtifactError(f"{where} is not usable: {_detail(error)}; fit it anew") from error
 
 
 def _checksum(manifest: Mapping[str, Any]) -> str:
@@ -223,9 +250,9 @@ def _replace(path: Path, data: bytes) -> None:
         raise
 
 
-def _require(holds: bool, folder: Path, problem: str, fix: str = "fit it anew") -> None:
+def _require(holds: bool, where: str, problem: str, fix: str = "fit it anew") -> None:
     if not holds:
-        raise ArtifactError(f"{folder} is damaged or not what was asked for: {problem}; {fix}")
+        raise ArtifactError(f"{where} is damaged or not what was asked for: {problem}; {fix}")
 
 
 def _detail(error: Exception) -> str:
@@ -247,6 +274,8 @@ def _float32(array: np.ndarray) -> np.ndarray:
 def _text(value: object) -> str:
     if not isinstance(value, str):
         raise ArgumentError(f"got {value!r} where text is expected")
+    if not value.isprintable():
+        raise ArgumentError(f"got {value!r}; expected text of one line that can be printed")
     return value
 
 

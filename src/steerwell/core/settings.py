@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -67,7 +68,7 @@ def _faults(kind: type[BaseModel], error: ValidationError) -> Iterator[str]:
         *parents, last = item["loc"] or ("",)
         where = ".".join(str(part) for part in item["loc"])
         if item["type"] != "extra_forbidden":
-            yield f"{where}: got {item['input']!r}; {item['msg'].removeprefix('Value error, ')}"
+            yield f"{where}: got {reprlib.repr(item['input'])}; {item['msg'].removeprefix('Value error, ')}"
             continue
         known = list(_record_at(kind, parents).model_fields)
         near = difflib.get_close_matches(str(last), known, n=1)

@@ -55,7 +55,8 @@ def generate(
     method: Annotated[
         str,
         typer.Option(
-            help="swfc, sttp, stmp, transport, directional_ablation, clamp, conditional.", rich_help_panel=STEERING
+            help="swfc, sttp, stmp, transport, directional_ablation, clamp, conditional, monitor.",
+            rich_help_panel=STEERING,
         ),
     ] = "sttp",
     layer: Annotated[
@@ -65,7 +66,8 @@ def generate(
         float | None,
         typer.Option(
             help="Required with --direction. swfc, conditional: class separations; sttp: spreads beyond the aligned "
-            "mean; stmp: mirror steps; transport, directional_ablation: share; clamp: 0 violating to 1 aligned mean.",
+            "mean; stmp: mirror steps; transport, directional_ablation: share; clamp: 0 violating to 1 aligned mean; "
+            "monitor: 0, it changes nothing.",
             rich_help_panel=STEERING,
         ),
     ] = None,
