@@ -14,10 +14,11 @@ demo: $(READY)          ## the main job on the bundled model: fit, attack, steer
 test: check             ## lint, types and every test
 	$(BIN)/pytest
 
-check: $(READY)         ## lint and types
+check: $(READY)         ## lint, types, known vulnerabilities of dependencies
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m tests.audit
 
 evidence: $(READY)      ## the multi-seed claims; writes docs/evidence.md
 	$(BIN)/python -m benchmarks.evidence
@@ -27,7 +28,7 @@ bench: $(READY)         ## speed beside unsteered runs and peers; writes benchma
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[hf,gguf,studies,synthesis,judge,lm-eval,inspect,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[hf,gguf,studies,synthesis,judge,serve,lm-eval,inspect,dev]'
 	touch $(READY)
 
 clean:

@@ -14,9 +14,11 @@ from steerwell.apps.cli import (
     fit,
     generate,
     inspect,
+    keys,
     quality,
     report,
     select,
+    serve,
     study,
     sweep,
     synthesize,
@@ -42,6 +44,8 @@ app.command("select")(select.select)
 app.command("synthesize")(synthesize.synthesize)
 app.command("quality")(quality.quality)
 app.add_typer(detect.app, name="detect")
+app.command("serve")(serve.serve)
+app.add_typer(keys.app, name="keys")
 
 
 @app.callback(invoke_without_command=True)
