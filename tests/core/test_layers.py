@@ -135,7 +135,7 @@ for arguments in (["--help"], *([name, "--help"] for name in {commands})):
 
 @pytest.mark.skipif(not (SOURCE / "apps" / "cli" / "__init__.py").is_file(), reason="there is no CLI yet")
 def test_the_clis_help_is_light() -> None:
-    commands = ["demo", "concepts", "fit", "inspect", "generate"]
+    commands = ["demo", "concepts", "fit", "inspect", "generate", "serve", "keys"]
     assert loaded_by(CLI.format(commands=commands)) == set()
 
 

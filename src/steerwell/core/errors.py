@@ -45,6 +45,10 @@ class EngineError(SteerwellError, RuntimeError):
     """A model cannot be loaded, or the engine cannot do what was asked (never: silently unsteered)."""
 
 
+class NotFiniteError(EngineError):
+    """Activations overflow, under too much steering or in too small a dtype; what they give means nothing."""
+
+
 class NotAllowedError(SteerwellError):
     """The server's policy forbids what a request asks for."""
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from steerwell.core.errors import EngineError
+from steerwell.core.errors import EngineError, NotFiniteError
 from steerwell.core.records import Edit, FinishReason, Prompt, Receipt, Response, Sampling
 from steerwell.engines.base import Answer, Piece, Token
 from steerwell.engines.hf import cache as caches
@@ -204,7 +204,7 @@ class Batch:
             if row.finish is not None:
                 continue
             if token < 0:
-                row.fault = self._plan.fault(index) or EngineError(
+                row.fault = self._plan.fault(index) or NotFiniteError(
                     f"row {index}: the model's output is not finite; steer with less strength, or load the model "
                     "with dtype='bfloat16' or 'float32'"
                 )

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from steerwell.core.errors import EngineError
+from steerwell.core.errors import EngineError, NotFiniteError
 from steerwell.core.records import Edit, EditTerm, Receipt, TermReceipt, TokenTrace
 from steerwell.engines.hf.blocks import hidden_of, with_hidden
 from steerwell.steering.kernel import Coefficients, Trace, gated_affine
@@ -190,7 +190,7 @@ class Plan:
         self._flush()
         if row not in self._broken:
             return None
-        return EngineError(
+        return NotFiniteError(
             f"layer {self._broken[row]}, row {row}: the activations are not finite, so they cannot be steered; load "
             "the model with dtype='bfloat16' or 'float32', or steer with less strength"
         )
