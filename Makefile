@@ -28,7 +28,7 @@ bench: $(READY)         ## speed beside unsteered runs and peers; writes benchma
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[hf,gguf,studies,synthesis,judge,serve,lm-eval,inspect,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[hf,gguf,studies,synthesis,judge,serve,ray,lm-eval,inspect,dev]'
 	touch $(READY)
 
 clean:

@@ -43,7 +43,8 @@ if importlib.util.find_spec("steerwell"):  # not where the peers live: there thi
     from steerwell.concepts import Concept, load_concept
     from steerwell.core.artifacts import save_direction, write_atomic
     from steerwell.core.records import Direction, Edit, Prompt, Sampling
-    from steerwell.engines.hf import HFEngine, decode, engine, model, plan
+    from steerwell.engines.hf import HFEngine, cache, model, plan
+    from steerwell.engines.hf import batch as batches
     from steerwell.runs.ledger import Ledger
     from steerwell.scoring.judges.exact import ExactJudge
     from steerwell.studies import sweep
@@ -298,15 +299,15 @@ def watched(seconds: defaultdict[str, float]) -> Iterator[None]:
             (model.LoadedModel, "step", ""),
             (torch.nn.functional, "linear", "of it matrix products"),
             (torch.nn.functional, "scaled_dot_product_attention", "of it attention"),
-            (transformers.cache_utils.DynamicLayer, "update", "of it growth of the cache"),
+            (cache.Columns, "update", "of it growth of the cache"),
             (plan, "gated_affine", "of it steering"),
-            (transformers.Cache, "batch_select_indices", "finished rows leave the cache"),
+            (cache, "keep", "finished rows leave the cache"),
             (plan.Plan, "keep", receipts),
-            (plan.Plan, "receipts", receipts),
-            (decode._Sampler, "draw", "sampling"),
-            (decode, "_grow", text),
+            (plan.Plan, "receipt", receipts),
+            (batches, "draw", "sampling"),
+            (batches, "_append", text),
             (HFEngine, "_rows", text),
-            (engine, "_response", text),
+            (batches.Row, "response", text),
             (sweep, "verdicts", "judge"),
             (Ledger, "record", "ledger"),
             (sweep, "heat_map", "heat map"),

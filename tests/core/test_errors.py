@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 
 import pytest
 
@@ -43,3 +44,20 @@ def test_an_unknown_name_far_from_all() -> None:
 
 def test_a_missing_dependency_says_what_to_install() -> None:
     assert str(MissingDependencyError("torch", "hf")) == "'torch' is not installed; run: pip install 'steerwell[hf]'"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        errors.ArgumentError("n: got 0"),
+        UnknownNameError("layer", 9, range(3), "Count again."),
+        MissingDependencyError("torch", "hf"),
+        errors.OverloadedError("full", 7),
+        errors.NotFiniteError("layer 2"),
+    ],
+)
+def test_errors_cross_processes_as_they_are(error: SteerwellError) -> None:
+    error.add_note("elsewhere")
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is type(error)
+    assert (str(again), again.args, vars(again)) == (str(error), error.args, vars(error))

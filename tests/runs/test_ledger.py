@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sqlite3
+import threading
 from pathlib import Path
 
 import pytest
@@ -94,3 +95,68 @@ def test_it_can_be_read_while_it_is_written(tmp_path: Path) -> None:
             ledger.record(unit, doubled(unit.items))
             assert reader.execute("SELECT count(*) FROM units").fetchone() == (unit.number + 1,)
         reader.close()
+
+
+# Several units in flight ----------------------------------------------------------------------------------------------
+
+
+class Many:
+    """An engine that many can ask at a time."""
+
+    def __init__(self, at_once: int) -> None:
+        self.at_once = at_once
+
+
+def content(path: Path) -> list[tuple[object, ...]]:
+    """A ledger's units but for their time stamps."""
+    base = sqlite3.connect(path)
+    found = base.execute("SELECT phase, number, key, rows FROM units ORDER BY phase, number").fetchall()
+    base.close()
+    return found
+
+
+def test_units_in_flight_are_done_together_and_leave_what_one_by_one_leaves(tmp_path: Path) -> None:
+    units, meeting, last = plan("a", list(range(6)), 1), threading.Barrier(3, timeout=60), threading.Event()
+    threads, seen = set(), []
+
+    def work(items):
+        threads.add(threading.get_ident())
+        meeting.wait()  # never passed by fewer than three at a time
+        if items == (5,):
+            last.set()
+        elif items == (0,):  # the first one is done last: written at its place all the same
+            assert last.wait(60)
+        return doubled(items)
+
+    with Ledger(tmp_path / "one.sqlite", ABOUT) as ledger:
+        execute(ledger, units, doubled)
+    with Ledger(tmp_path / "many.sqlite", ABOUT) as ledger:
+        execute(ledger, units, work, seen.append, Many(4))
+        assert list(ledger.rows("a")) == doubled(range(6))
+    assert content(tmp_path / "many.sqlite") == content(tmp_path / "one.sqlite")
+    assert threading.get_ident() not in threads
+    assert seen == [1] * 6
+
+
+def test_an_error_ends_the_units_in_flight_and_keeps_those_written(tmp_path: Path) -> None:
+    units, written, again = plan("a", list(range(8)), 1), threading.Event(), []
+
+    def fails(items):
+        if items == (1,):
+            assert written.wait(60)
+            raise ArgumentError("unit 1 cannot be done")
+        return doubled(items)
+
+    def works(items):
+        again.append(items[0])
+        return doubled(items)
+
+    with Ledger(tmp_path / "run.sqlite", ABOUT) as ledger:
+        with pytest.raises(ArgumentError, match="unit 1 cannot"):
+            execute(ledger, units, fails, lambda _count: written.set(), Many(2))
+        kept = ledger.finished("a")
+        assert kept
+        assert 1 not in kept
+        execute(ledger, units, works, None, Many(2))
+        assert sorted(again) == [number for number in range(8) if number not in kept]
+        assert list(ledger.rows("a")) == doubled(range(8))

@@ -6,11 +6,15 @@ A message names the argument, what came, what was expected and the fix.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class SteerwellError(Exception):
-    """Root of everything this package raises on purpose."""
+    """Root of everything this package raises on purpose. Pickled and back it is the same, whatever made it."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _again, (type(self), self.args, vars(self))
 
 
 class ArgumentError(SteerwellError, ValueError):
@@ -75,3 +79,10 @@ class MissingDependencyError(SteerwellError, ImportError):
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(f"{package!r} is not installed; run: pip install 'steerwell[{extra}]'")
+
+
+def _again(kind: type[SteerwellError], args: tuple[Any, ...], fields: Mapping[str, Any]) -> SteerwellError:
+    """An error as it was, without the arguments of its making."""
+    error = kind.__new__(kind, *args)
+    vars(error).update(fields)
+    return error

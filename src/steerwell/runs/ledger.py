@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Self
 
 from steerwell.core.errors import ArgumentError, ArtifactError
+from steerwell.engines.base import Engine
 from steerwell.runs.plan import Unit
 
 _SCHEMA = 1
@@ -100,26 +102,51 @@ class Ledger:
             )
 
 
-def execute(ledger: Ledger, units: Sequence[Unit], work: Work, progress: Callable[[int], None] | None = None) -> None:
-    """Do the units that are not finished yet, one after another, in this process.
+def execute(
+    ledger: Ledger,
+    units: Sequence[Unit],
+    work: Work,
+    progress: Callable[[int], None] | None = None,
+    engine: Engine | None = None,
+) -> None:
+    """Do the units that are not finished yet, and write each down as soon as it is done.
 
     Args:
-        ledger: where finished units are, and go.
+        ledger: where finished units are, and go; this thread alone writes.
         units: the plan of one phase.
         work: items of one unit -> one row per item.
         progress: called with the number of items done since the last call; finished units count at once.
+        engine: whom the work asks; where several actors answer for it (`RayEngine`), several units are in flight, each
+            in a thread. Without it, units are done one after another.
 
     Raises:
         ArgumentError: the ledger holds a unit that differs from the plan's.
     """
     finished = ledger.finished(units[0].phase) if units else {}
+    done = progress or (lambda _count: None)
     for unit in units:
-        if unit.number not in finished:
-            ledger.record(unit, work(unit.items))
-        elif finished[unit.number] != unit.key:
+        if finished.get(unit.number, unit.key) != unit.key:
             raise ArgumentError(
                 f"unit {unit.number} of {unit.phase!r} in {ledger.path} is not the one now planned; the run was "
                 "started with other settings or another version: give another folder"
             )
-        if progress is not None:
-            progress(len(unit.items))
+        if unit.number in finished:
+            done(len(unit.items))
+    left = [unit for unit in units if unit.number not in finished]
+    for unit, rows in _done(left, work, getattr(engine, "at_once", 1)):
+        ledger.record(unit, rows)
+        done(len(unit.items))
+
+
+def _done(units: Sequence[Unit], work: Work, at_once: int) -> Iterator[tuple[Unit, Sequence[Row]]]:
+    """Units and their rows: in the order given, or, with several in flight, as they are done."""
+    if at_once == 1:
+        yield from ((unit, work(unit.items)) for unit in units)
+        return
+    pool = ThreadPoolExecutor(at_once)
+    try:
+        begun = {pool.submit(work, unit.items): unit for unit in units}
+        for future in as_completed(begun):
+            yield begun.pop(future), future.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # after an error nobody wants what is still in flight

@@ -258,7 +258,7 @@ class _Running:
             player = replace(sampling, temperature=USER_TEMPERATURE)
             users = ModelUsers(self.load(settings.user), scenarios, settings.user_system, player)
         units = plan("conversations", range(len(begun)), self.config.batch_size)
-        execute(self.ledger, units, talk, self.say("conversations", len(begun)))
+        execute(self.ledger, units, talk, self.say("conversations", len(begun)), self.engine)
         return [turn for row in self.ledger.rows("conversations") for turn in row["turns"]]
 
     def _capabilities(self) -> list[Row]:
@@ -272,7 +272,7 @@ class _Running:
             return [{"condition": item} | self._accuracies(item, tasks) for item in items]
 
         units = plan("capabilities", conditions, 1)
-        execute(self.ledger, units, measure, self.say("capabilities", len(conditions)))
+        execute(self.ledger, units, measure, self.say("capabilities", len(conditions)), self.engine)
         return list(self.ledger.rows("capabilities"))
 
     def _accuracies(self, condition: int | None, tasks: Sequence[str]) -> dict[str, float]:

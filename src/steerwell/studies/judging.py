@@ -89,7 +89,7 @@ def _answers(
         return [{"pair": [_kept(item) for item in said[at : at + 2]]} for at in range(0, len(said), 2)]
 
     units = plan(split, range(len(pairs)), PAIRS_PER_UNIT)
-    execute(ledger, units, answer, say(f"{split} answers that the judge is learned from", len(pairs)))
+    execute(ledger, units, answer, say(f"{split} answers that the judge is learned from", len(pairs)), engine)
     rows = [row["pair"] for row in ledger.rows(split)]
     return [
         (_again(first, pair[0], seeds[2 * at]), _again(second, pair[1], seeds[2 * at + 1]))

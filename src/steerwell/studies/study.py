@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context, parent_process
@@ -17,6 +18,7 @@ from steerwell.core.artifacts import write_atomic
 from steerwell.core.errors import ArgumentError, UnknownNameError
 from steerwell.core.settings import load_settings, read_mapping
 from steerwell.engines.base import Engine
+from steerwell.engines.ray import Actors, Cluster
 from steerwell.studies.alignment import CELL, Capability, Cell
 from steerwell.studies.config import AlignmentConfig, Model
 from steerwell.studies.fitting import Say
@@ -31,8 +33,27 @@ KINDS: Mapping[str, type[AlignmentConfig] | type[SynthesisConfig]] = {
 }
 AnyConfig = AlignmentConfig | SynthesisConfig
 AnyCell = Cell | SynthesisCell
+Load = Callable[[Model, int], Engine]
 DEFAULT_PRESET = "pilot"
 SHARED = ("models", "concepts", "examples")  # may change between runs in one folder: cells are added, none is lost
+
+
+def load_model(model: Model, batch_size: int) -> Engine:
+    """The engine of one model, in this process."""
+    import transformers
+
+    from steerwell.engines.hf import HFEngine
+
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    fields = model.model_dump(include={"dtype", "device_map", "gguf_file", "trust_remote_code", "chat_options"})
+    return HFEngine.load(model.name, **fields, batch_size=batch_size)
+
+
+@contextmanager
+def on_ray(cluster: Cluster) -> Iterator[Load]:
+    """A `Load` for `Worker`, whose engines are those of the actors of one cluster: units are answered side by side."""
+    with Actors(cluster) as actors:
+        yield lambda model, size: actors.engine(f"{size} {model.model_dump_json()}", partial(load_model, model, size))
 
 
 @dataclass(frozen=True)
@@ -43,11 +64,13 @@ class Worker:
         say: as in `Cell.run`.
         capability: as in `Cell.run`, of an alignment study.
         threads: of the processor; None: as many as there are.
+        load: gives the engine of a model, of so many rows per forward pass.
     """
 
     say: Say
     capability: Capability | None = None
     threads: int | None = None
+    load: Load = load_model
 
     def __call__(self, cell: AnyCell) -> str:
         """Load the model, run the cell, and return its title."""
@@ -55,23 +78,15 @@ class Worker:
             import torch
 
             torch.set_num_threads(self.threads)
-        load = partial(load_model, batch_size=cell.config.batch_size)
+
+        def load(model: Model) -> Engine:
+            return self.load(model, cell.config.batch_size)
+
         if isinstance(cell, SynthesisCell):
             cell.run(load(cell.model), self.say)
         else:
             cell.run(load(cell.model), load, self.say, self.capability)
         return cell.title
-
-
-def load_model(model: Model, batch_size: int) -> Engine:
-    """The engine of one model."""
-    import transformers
-
-    from steerwell.engines.hf import HFEngine
-
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    fields = model.model_dump(include={"dtype", "device_map", "gguf_file", "trust_remote_code", "chat_options"})
-    return HFEngine.load(model.name, **fields, batch_size=batch_size)
 
 
 def load_study(kind: str, source: str | Path | None = None, *, quick: bool = False) -> AnyConfig:

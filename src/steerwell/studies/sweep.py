@@ -219,7 +219,7 @@ class _Running:
 
         phase = f"prefill-{split}"
         units = plan(phase, range(len(attacked)), self.size)
-        execute(self.ledger, units, answer, self.say(f"answers to begin with, {split}", len(attacked)))
+        execute(self.ledger, units, answer, self.say(f"answers to begin with, {split}", len(attacked)), self.engine)
         answers = [row["answer"] for row in self.ledger.rows(phase)]
         self.prompts[split, True] = prefilled(self.prompts[split, False], answers)
 
@@ -257,7 +257,7 @@ class _Running:
                 "search='auto' goes by these: use search='grid'"
             )
         units = plan("likelihood", items, self.size, lambda item: (item[1], item[0]))
-        execute(self.ledger, units, read, self.say("answers to read, validation", len(items)))
+        execute(self.ledger, units, read, self.say("answers to read, validation", len(items)), self.engine)
         self.scored = sum(len(begun[at]) for _, at in items)
         found: dict[int, list[float]] = {index: [] for index in range(len(self.edits))}
         for row in self.ledger.rows("likelihood"):
@@ -302,9 +302,8 @@ class _Running:
         self.phases += 1
         units = plan(phase, items, self.size, alike)
         if items:
-            execute(
-                self.ledger, units, lambda part: self._answer(split, part), self.say(f"answers, {split}", len(items))
-            )
+            advance = self.say(f"answers, {split}", len(items))
+            execute(self.ledger, units, lambda part: self._answer(split, part), advance, self.engine)
         for row in self.ledger.rows(phase):
             self.rows[split, row["configuration"], row["attacked"], row["scenario"]] = row
         return {

@@ -89,7 +89,8 @@ class Trials:
             return -len(str(task.prompts[item[1]].messages)), item[1]
 
         units = plan(task.name, items, self.size, alike)
-        execute(self.ledger, units, lambda part: self._answer(task, part), self.say(f"{task.name}", len(items)))
+        advance = self.say(f"{task.name}", len(items))
+        execute(self.ledger, units, lambda part: self._answer(task, part), advance, self.engine)
         place = {condition: at for at, condition in enumerate(conditions)}
         return sorted(self.ledger.rows(task.name), key=lambda row: (place[row["condition"]], row["scenario"]))
 

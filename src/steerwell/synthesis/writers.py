@@ -175,7 +175,7 @@ def write(
         return -len(str(writers[index].task(at)[0].messages)), at, index
 
     items = [[index, at] for index in range(len(writers)) for at in range(count)]
-    execute(ledger, plan(PHASE, items, size, alike), work, progress)
+    execute(ledger, plan(PHASE, items, size, alike), work, progress, engine)
     found: dict[tuple[int, int], Row] = {(row["writer"], row["at"]): row for row in ledger.rows(PHASE)}
     return [
         [_example(found[index, at], writer, at, concept, engine.info.name) for at in range(count)]

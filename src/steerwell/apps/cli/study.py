@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -14,6 +14,7 @@ from steerwell.apps.cli.common import err, out, tasks
 if TYPE_CHECKING:
     from steerwell.core.records import Edit
     from steerwell.engines.base import Engine
+    from steerwell.engines.ray import Cluster
 
 app = typer.Typer(no_args_is_help=True, help="Run a study from one YAML file.")
 
@@ -26,38 +27,90 @@ Quick = Annotated[bool, typer.Option("--quick", help="The preset 'quick': a look
 Workers = Annotated[
     int, typer.Option(min=1, help="Cells (one model, one concept) at work at a time, each in its own process.")
 ]
+RAY = "With --executor ray"
+Executor = Annotated[
+    Literal["local", "ray"], typer.Option(help="Where models run: in this process, or in the actors of a Ray cluster.")
+]
+Address = Annotated[
+    str | None,
+    typer.Option(help="Of a running cluster, or 'auto'; default: one on this machine.", rich_help_panel=RAY),
+]
+Count = Annotated[int | None, typer.Option(help="Copies of the model; default: as many as fit.", rich_help_panel=RAY)]
+Cpus = Annotated[float, typer.Option(help="CPU cores, and threads, of each.", rich_help_panel=RAY)]
+Gpus = Annotated[float, typer.Option(help="GPUs of each; 0.5 lets two share one.", rich_help_panel=RAY)]
 
 
 @app.command("alignment")
-def alignment(output: Output, config: Config = None, quick: Quick = False, workers: Workers = 1) -> None:
+def alignment(
+    output: Output,
+    config: Config = None,
+    quick: Quick = False,
+    workers: Workers = 1,
+    executor: Executor = "local",
+    address: Address = None,
+    actors: Count = None,
+    cpus_per_actor: Cpus = 1,
+    gpus_per_actor: Gpus = 0,
+) -> None:
     """Steering as a runtime defence, measured whole (arXiv 2604.08169): choose on validation, report on test.
 
     An interrupted study continues where it was when the same command is run again.
     """
-    _run("alignment", output, config, quick, workers)
+    cluster = cluster_of(executor, address, actors, cpus_per_actor, gpus_per_actor)
+    _run("alignment", output, config, quick, workers, cluster)
 
 
 @app.command("synthesis")
-def synthesis(output: Output, config: Config = None, quick: Quick = False, workers: Workers = 1) -> None:
+def synthesis(
+    output: Output,
+    config: Config = None,
+    quick: Quick = False,
+    workers: Workers = 1,
+    executor: Executor = "local",
+    address: Address = None,
+    actors: Count = None,
+    cpus_per_actor: Cpus = 1,
+    gpus_per_actor: Gpus = 0,
+) -> None:
     """Steering as a generator of training data for detectors of violations (in the design of arXiv 2605.28664).
 
     An interrupted study continues where it was when the same command is run again.
     """
-    _run("synthesis", output, config, quick, workers)
+    cluster = cluster_of(executor, address, actors, cpus_per_actor, gpus_per_actor)
+    _run("synthesis", output, config, quick, workers, cluster)
 
 
-def _run(kind: str, output: Path, config: str | None, quick: bool, workers: int) -> None:
+def cluster_of(executor: str, address: str | None, actors: int | None, cpus: float, gpus: float) -> Cluster | None:
+    """What is asked of Ray, by the options of a command; None: nothing, everything is done here."""
+    from steerwell.core.errors import ArgumentError
+    from steerwell.engines.ray import Cluster
+
+    asked = Cluster(address, actors, cpus, gpus)
+    if executor == "ray":
+        return asked
+    if asked != Cluster():
+        raise ArgumentError(
+            "--address, --actors, --cpus-per-actor, --gpus-per-actor: are about a Ray cluster; add --executor ray"
+        )
+    return None
+
+
+def _run(kind: str, output: Path, config: str | None, quick: bool, workers: int, cluster: Cluster | None) -> None:
     import os
+    from contextlib import nullcontext
 
-    from steerwell.studies.study import Worker, cells_of, load_study, run_study
+    from steerwell.core.errors import ArgumentError
+    from steerwell.studies.study import Worker, cells_of, load_model, load_study, on_ray, run_study
 
+    if cluster is not None and workers > 1:
+        raise ArgumentError(f"--workers: got {workers} with --executor ray; its parallel work is set by --actors")
     settings = load_study(kind, config, quick=quick)
     began, threads = time.monotonic(), None if workers == 1 else max(1, (os.cpu_count() or 1) // workers)
     cells = cells_of(settings, output)
     out.print(f"{len(cells)} cells: {'; '.join(cell.title for cell in cells)}", markup=False, soft_wrap=True)
     if workers == 1:
-        with tasks() as say:
-            run_study(settings, output, Worker(say, lm_eval_accuracies), workers)
+        with nullcontext(load_model) if cluster is None else on_ray(cluster) as load, tasks() as say:
+            run_study(settings, output, Worker(say, lm_eval_accuracies, load=load), workers)
     else:
         run_study(settings, output, Worker(say_line, lm_eval_accuracies, threads), workers)
     minutes = (time.monotonic() - began) / 60
@@ -74,10 +127,13 @@ def lm_eval_accuracies(engine: Engine, edit: Edit | None, tasks: Sequence[str]) 
     """Accuracies (%) of a model under an edit on lm_eval's tasks."""
     from steerwell.core.errors import MissingDependencyError
     from steerwell.engines.hf import HFEngine
+    from steerwell.engines.ray import RayEngine
 
     try:
         from steerwell.apps.harnesses.lm_eval import accuracies
     except ModuleNotFoundError as error:
         raise MissingDependencyError(error.name or "lm_eval", "lm-eval") from error
+    if isinstance(engine, RayEngine):
+        return engine.run(accuracies, edit, tasks)
     assert isinstance(engine, HFEngine)  # noqa: S101 - this command loads no other
     return accuracies(engine, edit, tasks)

@@ -6,6 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
+from threading import Lock
 from typing import Literal, Unpack, get_args
 
 from steerwell.concepts import Concept
@@ -68,7 +69,7 @@ class LLMJudge:
             raise UnknownNameError("mode", mode, get_args(Mode))
         self._endpoint = Endpoint(model, base_url, api_key, fields=_FIELDS[mode], **settings)
         self._mode = mode
-        self._scores = 0
+        self._turn, self._scores = Lock(), 0
         self._missing: Counter[Reason] = Counter()
 
     @property
@@ -113,7 +114,8 @@ class LLMJudge:
                 _request(concept.rubric.coherence, prompt, response),
             ]
         check = self._refuse_digits if self._mode == "logprobs" else None
-        scored = [self._read(reply) for reply in self._endpoint.ask_many(asked, progress, check)]
+        with self._turn:  # units of a study may ask side by side: the endpoint bounds its own parallel requests
+            scored = [self._read(reply) for reply in self._endpoint.ask_many(asked, progress, check)]
         return [_verdict(*pair) for pair in zip(scored[0::2], scored[1::2], strict=True)]
 
     def _read(self, reply: Reply | Fault) -> tuple[float, str]:
