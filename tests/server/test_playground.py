@@ -37,7 +37,7 @@ window.fetch = async (url, options) => {
   return new Response(page, answer);
 };
 """  # so that a test sees what the page sent and was told, and no second request is needed
-TRICKS = ("<img src=x onerror=alert(1)>", "<script>alert(2)</script>", "&amp; done")
+TRICKS = ("<img src=x onerror=alert(1)>", "<script>alert(2)</script>", "&amp; done  \n", "x" * 300)
 
 
 @pytest.fixture(scope="module")
@@ -313,6 +313,17 @@ def test_what_the_server_refuses_is_said_where_the_answer_would_be(browser, addr
         assert seen.answer("Unsteered").get_attribute("data-state") == "done"
 
 
+def test_a_study_is_linked_where_the_server_has_one(browser, pilot, address, tmp_path):
+    page = tmp_path / "report.html"
+    page.write_text("<title>What we found</title>")
+    with live(service(pilot, report=page)) as url, visit(browser, url) as seen:
+        seen.page.get_by_role("link", name="Study report").click()
+        assert seen.page.title() == "What we found"
+    with visit(browser, address) as seen:
+        seen.page.wait_for_selector("#about strong")
+        assert seen.page.get_by_role("link").count() == 0
+
+
 def test_a_locked_server_shows_its_answer_only(browser, pilot):
     with live(service(pilot, catalog=catalog(pilot, "locked"))) as url, visit(browser, url) as seen:
         seen.page.get_by_text("Locked: ").wait_for()
@@ -340,11 +351,12 @@ def test_a_key_is_asked_for_and_kept_for_the_tab_only(browser, pilot):
 def test_an_answer_is_text_whatever_it_says(browser, pilot):
     with ExitStack() as stack:
         url = stack.enter_context(live(service(pilot, scheduler=FakeScheduler(TRICKS))))
-        seen = stack.enter_context(visit(browser, url))
+        seen = stack.enter_context(visit(browser, url, viewport={"width": 360, "height": 780}))
         seen.page.on("dialog", lambda dialog: seen.complaints.append(dialog.message))
         seen.run()
         assert seen.answer("Steered").locator(".text").text_content() == "".join(TRICKS)
         assert seen.page.locator(".text :is(img, script)").count() == 0
+        assert seen.page.evaluate("document.documentElement.scrollWidth") == 360
 
 
 def test_a_fault_in_mid_answer_keeps_what_was_said(browser, pilot):

@@ -94,7 +94,7 @@ function Token({ part, z, reads, first, active, onActive }) {
   };
   return html`${part.text.slice(0, part.text.length - word.length)}<span class="token" tabindex=${first ? 0 : -1}
     data-side=${side} data-mark=${mark} data-active=${active} aria-describedby=${active && "tip"}
-    style=${{ "--much": side ? Math.min(Math.abs(z) / 1.5, 1) : 0 }}
+    style=${{ "--much": side ? Math.min(Math.sqrt(Math.abs(z) / 1.5), 1) : 0 }}
     onPointerEnter=${show} onFocus=${show} onBlur=${() => onActive(null)}>${word}</span>`;
 }
 
