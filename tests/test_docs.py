@@ -11,8 +11,10 @@ import re
 import runpy
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,14 @@ def test_blocks_run(page: Path, tmp_path: Path, fitted: dict[str, Path], run, mo
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("COLUMNS", "100")
+    try:
+        run_blocks(page, tmp_path, fitted, run)
+    finally:  # a page that fails midway leaves its server running
+        with suppress(FileNotFoundError, ProcessLookupError):
+            os.kill(int((tmp_path / "serve.pid").read_text()), signal.SIGKILL)
+
+
+def run_blocks(page: Path, folder: Path, fitted: dict[str, Path], run) -> None:
     script = []
     for language, code in BLOCK.findall(page.read_text()):
         commands = [line for line in code.replace("\\\n", " ").splitlines() if not line.startswith(SET_UP)]
@@ -43,13 +53,13 @@ def test_blocks_run(page: Path, tmp_path: Path, fitted: dict[str, Path], run, mo
             script.append(code)
         elif all(command.startswith("steerwell ") for command in commands):
             for command in commands:
-                if not copied(command, tmp_path, fitted):
+                if not copied(command, folder, fitted):
                     status, out, err = run(*shlex.split(command, comments=True)[1:])
                     assert status == 0, f"{command}\n{out}\n{err}"
         else:
             shell("\n".join(commands))
     if script:
-        (tmp_path / "page.py").write_text("\n".join(script))
+        (folder / "page.py").write_text("\n".join(script))
         runpy.run_path("page.py", run_name="__main__")
 
 

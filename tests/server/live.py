@@ -30,8 +30,8 @@ from tests.made import calibration, direction
 
 MODEL = "steerwell-pilot"
 LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
-HONEST = PolicySpec(direction="made", method="stmp", layers=(0,), strength=2.0)
-BOUNDED = PolicySpec(direction="made", method="swfc", layers=(1,), strength=1.0, bounds={"strength": (0.5, 2.0)})
+HONEST = PolicySpec(direction="made", method="stmp", layers=(1,), strength=4)  # both change what the model says
+BOUNDED = PolicySpec(direction="made", method="stmp", layers=(4,), strength=6, bounds={"strength": (2, 8)})
 
 
 class FakeTicket:

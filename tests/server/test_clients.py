@@ -23,11 +23,11 @@ def test_a_chat_and_its_steering(base: str) -> None:
         messages=TURNS,
         temperature=0,
         max_tokens=12,
-        extra_body={"steering": {"policy": "bounded", "strength": 0.5}},
+        extra_body={"steering": {"policy": "bounded", "strength": 2.5}},
     )
     assert (
         answer.choices[0].message.content
-        == chat(base, steering={"policy": "bounded", "strength": 0.5}).json()["choices"][0]["message"]["content"]
+        == chat(base, steering={"policy": "bounded", "strength": 2.5}).json()["choices"][0]["message"]["content"]
     )
     assert answer.steering["name"] == "bounded"
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens

@@ -74,7 +74,7 @@ CHAT = [
     ({"steering": {"direction": "made", **LAYERS, "method": "swfx"}}, "steering", "known: "),
     ({"steering": {"direction": "made", **LAYERS, "layers": [77]}}, "steering", "unknown layer 77"),
     ({"steering": {"direction": "made", "method": "swfc", "layers": [0]}}, "steering.0", "strength missing"),
-    ({"steering": {"policy": "bounded", "strength": 5}}, None, "0.5 to 2"),
+    ({"steering": {"policy": "bounded", "strength": 9}}, None, "2 to 8"),
     ({"steering": {"policy": "honest", "layers": [1]}}, "steering.0", "only 'strength'"),
     ({"steering": [{"policy": "honest"}] * 9}, "steering", "at most 8"),
     ({"model": f"{MODEL}:bounded", "steering": {"policy": "honest"}}, "steering", "something else"),
@@ -263,3 +263,12 @@ def test_a_strength_that_breaks_the_model_is_told(base: str) -> None:
         if answer.status_code != 200:
             assert "strength" in fault(answer)["message"]
     assert chat(base).status_code == 200, "and the server goes on"
+
+
+def test_a_prompt_is_not_scored_as_if_steered(base) -> None:
+    term = {"direction": "made", "method": "swfc", "layer": 1, "strength": 1}
+    asked = {"echo": True, "logprobs": 1, "max_tokens": 1}
+    late = complete(base, steering={**term, "position": "response"}, **asked)
+    assert fault(late)["param"] == "echo"
+    for fine in (term, {**term, "method": "monitor", "position": "response"}):
+        assert complete(base, steering=fine, **asked).status_code == 200

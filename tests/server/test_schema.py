@@ -13,16 +13,16 @@ import pytest
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
-from steerwell.core.errors import EngineError, SteerwellError
+from steerwell.core.errors import NotFiniteError, SteerwellError
 from steerwell.core.records import Prompt, Sampling
 from steerwell.serving.catalog import Catalog
 from steerwell.serving.limits import Limits
 from steerwell.serving.steering import PolicySpec, Term
-from tests.server.live import MODEL, FakeScheduler, chat, key_of, keys, live, service
-from tests.server.strong import QUESTION, strong
+from tests.server.live import MODEL, FakeScheduler, catalog, chat, key_of, keys, live, service
 from tests.server.test_openapi import CHECKS, FEW, ROUTES
 from tests.server.test_refusals import fault
 from tests.server.test_trouble import OVERFLOWING
+from tests.server.ways import QUESTION
 
 schemathesis = pytest.importorskip("schemathesis")
 
@@ -125,7 +125,7 @@ TERMS = st.lists(st.one_of(OWN, OWN, NAMED), min_size=1, max_size=3)
 @pytest.fixture(scope="module")
 def steered(pilot) -> Iterator[tuple[str, Catalog]]:
     """A server that lets requests choose everything, with an admin."""
-    listed = strong(pilot)
+    listed = catalog(pilot)
     with live(service(pilot, catalog=listed, admins=keys("root"), limits=Limits(max_tokens=8))) as base:
         yield base, listed
 
@@ -150,8 +150,8 @@ def test_any_steering_is_the_librarys_or_refused(steered: tuple[str, Catalog], p
     def check(terms: list[dict[str, Any]]) -> None:
         answer, expected = chat(steered[0], steering=terms, max_tokens=4), library(pilot, steered[1], terms)
         if isinstance(expected, Exception):
-            message = fault(answer, 400)["message"]
-            assert not isinstance(expected, EngineError) or "not finite" in message
+            code = fault(answer, 400)["code"]
+            assert (code == "not_finite") == isinstance(expected, NotFiniteError)
             return outcomes.add(type(expected))
         assert answer.status_code == 200, answer.text
         told = answer.json()
@@ -162,7 +162,7 @@ def test_any_steering_is_the_librarys_or_refused(steered: tuple[str, Catalog], p
         return outcomes.add(type(expected))
 
     check()
-    assert {tuple, EngineError} <= outcomes
+    assert {tuple, NotFiniteError} <= outcomes
     assert len(outcomes) > 2, "some were refused for what they are"
     assert chat(steered[0], max_tokens=4).status_code == 200
 
@@ -184,7 +184,7 @@ def test_any_policy_of_an_admin_works_or_is_refused(steered: tuple[str, Catalog]
         expected = library(pilot, listed, [{"policy": "tried"}])
         said = chat(base, model=f"{MODEL}:tried", max_tokens=4)
         if isinstance(expected, Exception):
-            assert "not finite" in fault(said, 400)["message"]
+            assert fault(said, 400)["code"] == "not_finite"
         else:
             assert (said.json()["steering"]["edit_id"], said.json()["choices"][0]["message"]["content"]) == expected
 

@@ -20,9 +20,9 @@ import yaml
 
 from steerwell.serving.limits import Limits
 from steerwell.testbed.bundled import bundled_path
-from tests.server.live import MODEL, key_of, keys, live, service
+from tests.server.live import MODEL, catalog, key_of, keys, live, service
 from tests.server.node import install
-from tests.server.strong import QUESTION, TURNS, WAYS, WEAK, answers, edit, strong
+from tests.server.ways import QUESTION, TURNS, WAYS, WEAK, answers, edit
 
 FACTS = Path(__file__).parents[2] / "docs" / "examples" / "facts.jsonl"
 POLICIES = ["unsteered", "bounded"]  # of the comparisons with our own lm_eval model
@@ -31,7 +31,7 @@ POLICIES = ["unsteered", "bounded"]  # of the comparisons with our own lm_eval m
 @pytest.fixture(scope="module")
 def base(pilot) -> Iterator[str]:
     """A server of policies that show."""
-    with live(service(pilot, catalog=strong(pilot))) as address:
+    with live(service(pilot, catalog=catalog(pilot))) as address:
         yield address
 
 
@@ -80,7 +80,7 @@ def test_the_raw_response(base: str, expected: dict[str, str]) -> None:
 
 
 def test_what_a_locked_server_forbids(pilot) -> None:
-    closed = service(pilot, catalog=strong(pilot, "locked"), keys=keys("ann"), limits=Limits(choices=2))
+    closed = service(pilot, catalog=catalog(pilot, "locked"), keys=keys("ann"), limits=Limits(choices=2))
     with live(closed) as address, openai.OpenAI(base_url=f"{address}/v1", api_key=key_of("ann")) as client:
         for fields in ({"steering": []}, {"steering": {"policy": "bounded"}}):
             with pytest.raises(openai.PermissionDeniedError, match="answers every request with policy 'honest'") as no:
@@ -173,6 +173,8 @@ def test_langchain(langchain, expected: dict[str, str]) -> None:
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """lm_eval's manager of two tasks of ours: one scores answers, one has them written."""
     lm_eval_tasks = pytest.importorskip("lm_eval.tasks")
+    for package in ("aiohttp", "tenacity"):  # of lm_eval[api]
+        pytest.importorskip(package)
     folder = tmp_path_factory.mktemp("tasks")
     files = {"data_files": {"test": str(FACTS)}, "cache_dir": str(folder / "cache")}
     shared = {"dataset_path": "json", "dataset_kwargs": files, "test_split": "test", "doc_to_text": "{{question}}"}

@@ -18,7 +18,7 @@ from steerwell.apps.server.replies import Choice, Form, SteeringReply, quoted, t
 from steerwell.apps.server.schemas import Generation
 from steerwell.apps.server.service import Pending, Service, Visit
 from steerwell.core.errors import ArgumentError, EngineError, SteerwellError, TimedOutError
-from steerwell.core.records import Prompt, Sampling, receipt_row
+from steerwell.core.records import Edit, Prompt, Sampling, receipt_row
 from steerwell.engines.base import Asked, Piece
 from steerwell.serving.catalog import Steering, flagged
 
@@ -224,6 +224,8 @@ async def begin(service: Service, visit: Visit, request: Generation, wish: Wish)
         seed=secrets.randbits(48) if request.seed is None else request.seed % 2**63,
     )
     echo = wish.echo and wish.logprobs is not None
+    if echo and steering.edit and not steering.monitors:
+        _require_echo(steering.edit)
     asked = [
         Asked(
             prompt,
@@ -239,6 +241,16 @@ async def begin(service: Service, visit: Visit, request: Generation, wish: Wish)
     who = visit.client or visit.address
     ticket = await service.scheduler.submit(asked, who, request.timeout, stream=bool(request.stream))
     return Exchange(service, visit, request, wish, steering, ticket)
+
+
+def _require_echo(edit: Edit) -> None:
+    """Raise `ArgumentError` if a prompt's log-probabilities would be told as if it had not been steered."""
+    late = [term for term in edit.terms if term.position == "response"]
+    if late:
+        raise ArgumentError(
+            f"echo: the prompt's log-probabilities would be unsteered, since layer {late[0].layer} is steered at "
+            "position 'response' only; steer at position 'all', or leave out 'echo' or 'logprobs'"
+        )
 
 
 async def _unless_gone(receive: Receive, work: Awaitable[T]) -> T:

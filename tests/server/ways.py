@@ -1,4 +1,4 @@
-"""Policies under which the bundled model answers differently, and what the library says to each."""
+"""What the library says to each way of steering that the live server offers; the answers all differ."""
 
 from __future__ import annotations
 
@@ -6,14 +6,11 @@ from typing import Any
 
 from steerwell.core.records import Edit, Prompt, Sampling
 from steerwell.engines.hf import HFEngine
-from steerwell.serving.catalog import Catalog, PolicySpec, Requests
 from steerwell.serving.steering import Term
 from tests.server.live import MODEL, catalog
 
 QUESTION = "What is the capital of France?"
 TURNS = [{"role": "user", "content": QUESTION}]
-HONEST = PolicySpec(direction="made", method="stmp", layers=(1,), strength=4)
-BOUNDED = PolicySpec(direction="made", method="stmp", layers=(4,), strength=6, bounds={"strength": (2, 8)})
 WEAK = {"policy": "bounded", "strength": 2}
 WAYS: dict[str, dict[str, Any]] = {  # fields of a request by what its answer is called in `answers`
     "honest": {},
@@ -23,18 +20,11 @@ WAYS: dict[str, dict[str, Any]] = {  # fields of a request by what its answer is
 }
 
 
-def strong(engine: HFEngine, requests: Requests = "open") -> Catalog:
-    """The random direction `made`, and the policies `honest` (the default) and `bounded`."""
-    listed = catalog(engine, requests, honest=HONEST)
-    listed.put_policy("bounded", BOUNDED)
-    return listed
-
-
 def edit(engine: HFEngine, way: str) -> Edit | None:
     """What a request of `WAYS` is answered under."""
     given = WAYS[way].get("steering")
     terms = None if given is None else tuple(Term.model_validate(item) for item in ([given] if given else []))
-    return strong(engine).resolve(MODEL, terms).edit
+    return catalog(engine).resolve(MODEL, terms).edit
 
 
 def answers(engine: HFEngine, tokens: int = 12) -> dict[str, str]:
