@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from steerwell.core.artifacts import finite
-from steerwell.core.errors import MissingDependencyError
+from steerwell.core.errors import ArgumentError, MissingDependencyError
 from steerwell.testbed.bundled import BUNDLED
 
 if TYPE_CHECKING:
     from steerwell.concepts import Concept
+    from steerwell.engines.base import Engine
     from steerwell.engines.hf import HFEngine
 
 out = Console(highlight=False)
@@ -30,14 +31,44 @@ DeviceMap = Annotated[str | None, typer.Option(help="As in transformers: auto, c
 GgufFile = Annotated[str | None, typer.Option(help="A GGUF file inside the hub repository or folder of --model.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Rows per forward pass.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+EngineName = Annotated[
+    Literal["hf", "vllm"],
+    typer.Option("--engine", help="hf: Hugging Face, any model. vllm: the same edits inside vLLM's compiled graph."),
+]
+TensorParallel = Annotated[int, typer.Option(min=1, help="GPUs that share each layer; --engine vllm only.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 DEFAULT_MODEL = BUNDLED
+
+
+def load_either(
+    engine: str,
+    model: str,
+    dtype: str,
+    device_map: str | None,
+    gguf_file: str | None,
+    batch_size: int,
+    trust: bool,
+    tensor_parallel: int,
+) -> Engine:
+    """The engine that a command's options ask for; options that it would ignore are an error."""
+    if engine == "hf":
+        if tensor_parallel != 1:
+            raise ArgumentError(f"--tensor-parallel: got {tensor_parallel} with --engine hf; use --device-map auto")
+        return load_engine(model, dtype, device_map, gguf_file, batch_size, trust)
+    if device_map is not None or gguf_file is not None:
+        option = "--device-map" if device_map is not None else "--gguf-file"
+        raise ArgumentError(f"{option}: vLLM places and loads models its own way; leave it out with --engine vllm")
+    from steerwell.engines.vllm import VLLMEngine
+
+    return VLLMEngine.load(
+        model, dtype=dtype, tensor_parallel=tensor_parallel, trust_remote_code=trust, batch_size=batch_size
+    )
 
 
 def load_engine(
     model: str, dtype: str, device_map: str | None, gguf_file: str | None, batch_size: int, trust: bool
 ) -> HFEngine:
-    """The engine a command works with."""
+    """The Hugging Face engine."""
     try:
         import transformers
 
@@ -55,7 +86,7 @@ def load_engine(
     )
 
 
-def in_models_language(chosen: Concept, engine: HFEngine, asked: str, language: str | None) -> Concept:
+def in_models_language(chosen: Concept, engine: Engine, asked: str, language: str | None) -> Concept:
     """The loaded concept, or the model's own pack of it where a bundled name and no language were asked for."""
     from steerwell.concepts import ENGLISH, load_concept
 

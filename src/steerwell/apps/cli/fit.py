@@ -12,12 +12,14 @@ from steerwell.apps.cli.common import (
     BatchSize,
     DeviceMap,
     Dtype,
+    EngineName,
     GgufFile,
     Json,
     Model,
+    TensorParallel,
     Trust,
     in_models_language,
-    load_engine,
+    load_either,
     out,
     print_json,
     progress,
@@ -43,6 +45,8 @@ def fit(
     gguf_file: GgufFile = None,
     batch_size: BatchSize = 32,
     trust_remote_code: Trust = False,
+    engine_name: EngineName = "hf",
+    tensor_parallel: TensorParallel = 1,
     as_json: Json = False,
 ) -> None:
     """Learn a concept's direction at every layer of a model, with its calibration."""
@@ -57,7 +61,9 @@ def fit(
     require_name(ESTIMATORS, method)
     sampling = Sampling(temperature, top_p, max_new_tokens, seed=seed)
     chosen = load_concept(concept, language or ENGLISH)  # before the model, so that a faulty file costs no time
-    engine = load_engine(model, dtype, device_map, gguf_file, batch_size, trust_remote_code)
+    engine = load_either(
+        engine_name, model, dtype, device_map, gguf_file, batch_size, trust_remote_code, tensor_parallel
+    )
     chosen = in_models_language(chosen, engine, concept, language)
     with progress(f"answers of {model}", 2 * len(chosen.train)) as advance:
         direction = contrast(engine, chosen, sampling, advance).direction(method, pool, seed)

@@ -14,11 +14,13 @@ from steerwell.apps.cli.common import (
     BatchSize,
     DeviceMap,
     Dtype,
+    EngineName,
     GgufFile,
     Json,
     Model,
+    TensorParallel,
     Trust,
-    load_engine,
+    load_either,
     out,
     print_json,
     progress,
@@ -27,7 +29,7 @@ from steerwell.core.errors import ArgumentError
 from steerwell.core.records import Edit, Message, Position, Prompt, Receipt, Response, Sampling, Toward, receipt_row
 
 if TYPE_CHECKING:
-    from steerwell.engines.hf import HFEngine
+    from steerwell.engines.base import Engine
 
 STEERING = "Steering"
 SAMPLING = "Sampling"
@@ -93,13 +95,17 @@ def generate(
     gguf_file: GgufFile = None,
     batch_size: BatchSize = 32,
     trust_remote_code: Trust = False,
+    engine_name: EngineName = "hf",
+    tensor_parallel: TensorParallel = 1,
     as_json: Json = False,
 ) -> None:
     """Answer one prompt (streamed) or a JSONL file of prompts (batched), steered or not."""
     prompts = _prompts(prompt, system, prefill, plain, input_file)
     sampling = Sampling(temperature, top_p, max_new_tokens, tuple(stop or ()), seed)
     edit = _edit(policy or [], direction, method, layer or [], strength, position, toward, gate)
-    engine = load_engine(model, dtype, device_map, gguf_file, batch_size, trust_remote_code)
+    engine = load_either(
+        engine_name, model, dtype, device_map, gguf_file, batch_size, trust_remote_code, tensor_parallel
+    )
     if input_file is None and not as_json and output is None:
         _stream(engine, prompts[0], sampling, edit, receipt)
         return
@@ -189,7 +195,7 @@ def _edit(
     return Edit.compose(edits)
 
 
-def _stream(engine: HFEngine, prompt: Prompt, sampling: Sampling, edit: Edit | None, receipt: bool) -> None:
+def _stream(engine: Engine, prompt: Prompt, sampling: Sampling, edit: Edit | None, receipt: bool) -> None:
     response = None
     for chunk in engine.stream(prompt, sampling, edit):
         typer.echo(chunk.text, nl=False)

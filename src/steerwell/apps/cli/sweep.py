@@ -14,13 +14,15 @@ from steerwell.apps.cli.common import (
     BatchSize,
     DeviceMap,
     Dtype,
+    EngineName,
     GgufFile,
     Json,
     Model,
+    TensorParallel,
     Trust,
     err,
     in_models_language,
-    load_engine,
+    load_either,
     out,
     print_json,
     tasks,
@@ -84,6 +86,8 @@ def sweep(
     gguf_file: GgufFile = None,
     batch_size: BatchSize = 64,
     trust_remote_code: Trust = False,
+    engine_name: EngineName = "hf",
+    tensor_parallel: TensorParallel = 1,
     as_json: Json = False,
 ) -> None:
     """Steer a model under attack in every way of a grid, choose on validation scenarios, report on test scenarios.
@@ -104,7 +108,9 @@ def sweep(
     scoring = read_settings(JudgeSettings, asked | {"mode": judge_mode}, "--judge, --judge-model")
     values = dict(map(_strengths, strengths)) if strengths else PAPER_STRENGTHS
     chosen = load_concept(concept, language or ENGLISH)  # before the model, so that a faulty file costs no time
-    engine = load_engine(model, dtype, device_map, gguf_file, batch_size, trust_remote_code)
+    engine = load_either(
+        engine_name, model, dtype, device_map, gguf_file, batch_size, trust_remote_code, tensor_parallel
+    )
     chosen = in_models_language(chosen, engine, concept, language)
     ways = grid(
         layer or range(engine.info.n_layers),

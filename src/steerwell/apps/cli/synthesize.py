@@ -13,12 +13,14 @@ from steerwell.apps.cli.common import (
     BatchSize,
     DeviceMap,
     Dtype,
+    EngineName,
     GgufFile,
     Json,
     Model,
+    TensorParallel,
     Trust,
     in_models_language,
-    load_engine,
+    load_either,
     out,
     print_json,
     tasks,
@@ -95,6 +97,8 @@ def synthesize(
     gguf_file: GgufFile = None,
     batch_size: BatchSize = 64,
     trust_remote_code: Trust = False,
+    engine_name: EngineName = "hf",
+    tensor_parallel: TensorParallel = 1,
     as_json: Json = False,
 ) -> None:
     """Have a model write violations of a concept, and benign answers beside them, as a labelled data set.
@@ -123,7 +127,9 @@ def synthesize(
         scoring = read_settings(JudgeSettings, asked, "--judge, --judge-model")
         min_success = 0.5 if min_success is None else min_success
         min_coherence = 0.5 if min_coherence is None else min_coherence
-    engine = load_engine(model, dtype, device_map, gguf_file, batch_size, trust_remote_code)
+    engine = load_either(
+        engine_name, model, dtype, device_map, gguf_file, batch_size, trust_remote_code, tensor_parallel
+    )
     chosen = in_models_language(chosen, engine, concept, language)
     drawn = Sampling(temperature, top_p, max_new_tokens, seed=seed)
     asked_of = _asked(chosen, prompts)
