@@ -11,6 +11,7 @@ from numpy.testing import assert_allclose
 from steerwell.core.errors import ArgumentError, EngineError, UnknownNameError
 from steerwell.core.records import Edit, EditTerm, Prompt, Sampling
 from steerwell.engines.base import Asked
+from steerwell.engines.hf.batch import alike
 from steerwell.steering.interventions import build
 from tests.engines.test_contract import PROMPTS, SHORT, close_to_a_tie, direction_of, mixed_edits
 
@@ -187,6 +188,13 @@ def test_a_model_whose_cache_cannot_be_joined_says_so(engine, monkeypatch) -> No
     batch.join([engine.row(Asked(PROMPTS[0], SHORT))])
     with pytest.raises(EngineError, match="cannot join"):
         batch.join([engine.row(Asked(PROMPTS[1], SHORT))])
+
+
+def test_prompts_are_read_together_where_padding_costs_less_than_a_pass(engine) -> None:
+    rows = [engine.row(Asked(Prompt(tokens=(5,) * size), SHORT)) for size in (10, 200, 20, 190, 12, 90)]
+    groups = [[len(row.prompt_ids) for row in group] for group in alike(rows)]
+    assert groups == [[200, 190, 90], [20, 12, 10]]
+    assert alike([]) == []
 
 
 def test_a_request_is_checked_before_it_joins(engine) -> None:

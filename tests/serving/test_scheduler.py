@@ -13,6 +13,7 @@ import pytest
 from steerwell.core.errors import ArgumentError, EngineError, OverloadedError, TimedOutError
 from steerwell.core.records import Edit, EditTerm, Prompt, Sampling
 from steerwell.engines.base import Answer, Asked
+from steerwell.engines.hf.batch import Batch
 from steerwell.serving.limits import Limits
 from steerwell.serving.scheduler import Scheduler, Ticket
 from tests.engines.test_contract import PROMPTS, SHORT, close_to_a_tie, direction_of, mixed_edits
@@ -198,6 +199,23 @@ def test_a_short_answer_does_not_wait_for_a_long_one(endless) -> None:
         long.cancel()
 
     run(endless, work)
+
+
+def test_a_nearly_full_batch_fills_several_places_at_a_time(endless, monkeypatch: pytest.MonkeyPatch) -> None:
+    joined: list[int] = []
+    join = Batch.join
+    monkeypatch.setattr(Batch, "join", lambda self, rows: (joined.append(len(rows)), join(self, rows))[1])
+
+    async def work(scheduler: Scheduler) -> None:
+        sizes = [4 + place % 9 for place in range(120)]
+        asked = [Asked(PROMPTS[0], Sampling(max_new_tokens=size)) for size in sizes]
+        got = await asyncio.gather(*[answers(await scheduler.submit([item])) for item in asked])
+        assert [answer.completion_tokens for (answer,) in got] == sizes
+
+    run(endless, work, batch=24)
+    assert sum(joined) == 121
+    assert max(joined[2:]) >= 2
+    assert len(joined) < 80
 
 
 def test_memory_is_bounded_by_the_widest_row(endless) -> None:

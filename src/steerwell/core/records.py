@@ -128,6 +128,8 @@ class ModelInfo:
 
     def require_same(self, other: ModelInfo, what: str) -> None:
         """Raise `ModelMismatchError` unless `other` has this model's shape and lineage."""
+        if self == other:  # as a rule, and a request is not to wait for the arithmetic below
+            return
         for label in ("d_model", "n_layers", "config_hash"):
             made, got = getattr(self, label), getattr(other, label)
             if made != got:

@@ -23,11 +23,12 @@ from anyio import to_thread
 from steerwell.core.errors import ArgumentError, EngineError, OverloadedError, SteerwellError, TimedOutError
 from steerwell.engines.base import Asked, Piece, proven
 from steerwell.engines.hf import HFEngine
-from steerwell.engines.hf.batch import SHRINK_BELOW, Row
+from steerwell.engines.hf.batch import SHRINK_BELOW, Row, alike
 from steerwell.serving.limits import Limits
 
 log = logging.getLogger("steerwell.serving")
 
+PATIENCE = 8  # steps that a nearly full batch waits for places, so that several prompts are read in one pass
 LONG = 20_000  # characters or tokens of prompts that are worth a thread to read them in
 Event = tuple[int, Piece]
 
@@ -145,6 +146,7 @@ class Scheduler:
         self._accepting = self._running = False
         self._thread = threading.Thread(target=self._run, name="steerwell-scheduler", daemon=True)
         self._pace = 0.0  # seconds per answer, lately
+        self._steps = 0  # since somebody joined
 
     # On the event loop -----------------------------------------------------------------------------------------------
 
@@ -247,7 +249,9 @@ class Scheduler:
         self._expire()
         joined = self._joined()
         if joined:
-            self._batch.join([job.row for job in joined])
+            rows = [job.row for job in joined]
+            for group in alike(rows) if self._batch.joins else [rows]:
+                self._batch.join(group)
             self._deliver(joined)
         grown = list(self._jobs.values())
         self._batch.sweep(SHRINK_BELOW)
@@ -276,7 +280,7 @@ class Scheduler:
         """Waiting answers that fit beside those in the batch; the first in line is never passed over."""
         limits = self._limits
         joined: list[_Job] = []
-        if self._jobs and not self._batch.joins:
+        if self._jobs and not (self._batch.joins and self._worth_it()):
             return []
         widest = max((job.size for job in self._jobs.values()), default=0)
         longest = 0
@@ -291,6 +295,15 @@ class Scheduler:
                 self._jobs[job.row] = job
                 joined.append(job)
         return joined
+
+    def _worth_it(self) -> bool:
+        """Whether to read prompts now: under load a few places at a time are filled, as every pass has its price."""
+        self._steps += 1
+        free = self._limits.batch - len(self._jobs)
+        enough = free >= min(self._queue.size, self._limits.batch // 12) or self._steps >= PATIENCE
+        if enough:
+            self._steps = 0
+        return enough
 
     def _deliver(self, jobs: Sequence[_Job]) -> None:
         """Hand out what a step has added; an answer that cannot be steered fails, it never comes unsteered."""

@@ -23,6 +23,7 @@ from steerwell.engines.hf.model import LoadedModel
 from steerwell.engines.hf.plan import Plan, Scope
 from steerwell.engines.hf.text import TextStream
 
+PADDED = 128  # tokens of padding that cost no more than a pass of their own
 SHRINK_BELOW = 0.75  # finished rows leave the batch once fewer than this share of it is alive
 
 
@@ -274,6 +275,20 @@ def draw(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     place = (nucleus <= uniform * nucleus[:, -1:]).sum(-1, keepdim=True).clamp(max=logits.shape[-1] - 1)
     is_greedy = column([row.sampling.temperature == 0 for row in rows])[:, 0] > 0
     return torch.where(is_greedy, best, order.gather(-1, place)[:, 0])
+
+
+def alike(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows in groups of prompts so alike in length that padding costs less than another pass."""
+    groups: list[list[Row]] = []
+    padding = 0
+    for row in sorted(rows, key=lambda row: -len(row.prompt_ids)):
+        padding += len(groups[-1][0].prompt_ids) - len(row.prompt_ids) if groups else 0
+        if groups and padding <= PADDED:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+            padding = 0
+    return groups
 
 
 def left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
