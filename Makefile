@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-vllm check evidence bench clean
+.PHONY: demo test test-vllm check evidence bench load clean
 
 demo: $(READY)          ## the main job on the bundled model: fit, attack, steer, compare
 	$(BIN)/steerwell demo
@@ -29,6 +29,9 @@ evidence: $(READY)      ## the multi-seed claims; writes docs/evidence.md
 
 bench: $(READY)         ## speed beside unsteered runs and peers; writes benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks.speed
+
+load: $(READY)          ## the server under 200 clients; writes benchmarks/LOAD.md
+	$(BIN)/python -m benchmarks.load
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -49,9 +49,9 @@ def test_a_single_turn_conversation() -> None:
 
 def test_a_prompt_is_a_conversation_or_text_but_not_both() -> None:
     assert Prompt(text="").text == ""
-    with pytest.raises(ArgumentError, match="got messages and text of .*give exactly one"):
+    with pytest.raises(ArgumentError, match=r"got messages and text of .*give exactly one"):
         Prompt(messages=(Message("user", "hi"),), text="hi")
-    with pytest.raises(ArgumentError, match="got none of .*give exactly one"):
+    with pytest.raises(ArgumentError, match=r"got none of .*give exactly one"):
         Prompt()
     assert Prompt(tokens=(1, 2)).tokens == (1, 2)
     with pytest.raises(ArgumentError, match="got text and tokens of"):

@@ -156,19 +156,25 @@ def turns_of(**mixed: object) -> dict[str, list[Measured]]:
     }
 
 
+def looks(*sizes: float) -> list[list[tuple[float, int]]]:
+    """A minute per turn, two looks in each: so many MiB, one less and one more."""
+    return [[(60.0 * n, int((size + more) * 2**20)) for more in (-1, 1)] for n, size in enumerate(sizes)]
+
+
 def test_memory_is_flat_or_not() -> None:
-    flat = Memory.of([(2.0 * look, 500 * 2**20) for look in range(30)])
-    assert (flat.off, flat.looks) == (0, 30)
+    flat = Memory.of(looks(*[500] * 6))
+    assert (flat.begin, flat.end, flat.off, flat.low, flat.high, flat.looks) == (500, 500, 0, 499, 501, 12)
     assert flat.slope == pytest.approx(0, abs=1e-6)
-    grown = Memory.of([(60.0 * minute, (500 + 10 * minute) * 2**20) for minute in range(11)])
-    assert (grown.begin, grown.end, grown.furthest, grown.slope) == pytest.approx((500, 600, 600, 10))
-    assert grown.off == pytest.approx(0.2)
+    grown = Memory.of(looks(*range(500, 600, 10)))
+    assert (grown.begin, grown.end, grown.furthest, grown.slope) == pytest.approx((510, 580, 590, 10))
+    assert grown.off == pytest.approx(80 / 510)
     assert not load_report.passed(turns_of(), grown)
+    assert not load_report.passed(turns_of(), Memory.of(looks(500, 500, 530, 500, 500, 500)))
     assert load_report.passed(turns_of(), flat)
 
 
 def test_ratios_are_of_one_round_and_missed_targets_are_told() -> None:
-    flat = Memory(500, 500, 500, 0, 9)
+    flat = Memory.of(looks(500, 500))
     assert [row.ratio.median for row in ratios(turns_of(tokens=200))] == [1.5, 1.0, 15.0, 15.0]
     for changes, missed in (({"tokens": 40}, "0.9"), ({"wrong": 1}, "wrong"), ({"lost": 2}, "lost")):
         turns = turns_of(**changes)

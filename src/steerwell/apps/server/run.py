@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ctypes
 import socket
 from collections.abc import Callable
 from types import FrameType
@@ -14,6 +16,7 @@ from steerwell.apps.server.guard import Connection
 from steerwell.apps.server.service import Service
 from steerwell.core.errors import ArgumentError
 
+MMAP_THRESHOLD, LARGE = -3, 4 << 20  # glibc's `M_MMAP_THRESHOLD`; bytes
 CLOSING_SECONDS = 10  # for clients to read the rest of their answers
 SEND_BUFFER = 131_072  # bytes that the system keeps per client; more, and one that does not read goes unnoticed
 KEEP_ALIVE = 30  # seconds that an idle connection stays open
@@ -51,6 +54,7 @@ def run(service: Service, listener: socket.socket, root_path: str, announce: Cal
         root_path: what a proxy in front cuts off from the paths.
         announce: called once requests are taken.
     """
+    _give_memory_back()
     config = uvicorn.Config(
         create_app(service),
         http=Connection,
@@ -67,6 +71,15 @@ def run(service: Service, listener: socket.socket, root_path: str, announce: Cal
     server = _Server(config, service, announce)
     server.run(sockets=[listener])
     return server.started
+
+
+def _give_memory_back() -> None:
+    """Have glibc map large buffers one by one, so that what a batch no longer needs goes back to the system.
+
+    Left alone it raises the bound from what it sees, and keeps buffers of all sizes in one heap with holes in it.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, LARGE)
 
 
 class _Server(uvicorn.Server):
