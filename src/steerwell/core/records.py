@@ -348,6 +348,24 @@ class TermReceipt:
     perturbation: float
     gate_margin: float
 
+    @classmethod
+    def of(
+        cls, term: EditTerm, seen: float, edited: float, before: float, moved: float, distance: float, margin: float
+    ) -> TermReceipt:
+        """From what was counted and added up: tokens seen and edited; over the seen ones the sum of projections before
+        the edit, of displacements and of their sizes; and the smallest margin."""
+        return cls(
+            label=term.label,
+            layer=term.layer,
+            position=term.position,
+            tokens_seen=int(seen),
+            tokens_edited=int(edited),
+            projection_before=before / seen if seen else math.nan,
+            projection_after=(before + moved) / seen if seen else math.nan,
+            perturbation=distance / edited if edited else 0.0,
+            gate_margin=margin,
+        )
+
     @property
     def gate_rate(self) -> float:
         """Share of the seen tokens that were edited."""

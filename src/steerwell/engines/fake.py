@@ -215,19 +215,10 @@ def _apply(state: Array, term: EditTerm, tally: _Tally) -> Array:
 
 
 def _term_receipt(term: EditTerm, tally: _Tally) -> TermReceipt:
-    seen, edited = len(tally.fired), sum(tally.fired)
-    before = float(np.mean(tally.before)) if seen else math.nan
-    return TermReceipt(
-        label=term.label,
-        layer=term.layer,
-        position=term.position,
-        tokens_seen=seen,
-        tokens_edited=edited,
-        projection_before=before,
-        projection_after=before + float(np.mean(tally.moved)) if seen else math.nan,
-        perturbation=float(np.abs(tally.moved).sum()) / edited if edited else 0.0,
-        gate_margin=min(tally.margins, default=math.inf),
-    )
+    moved = np.array(tally.moved)
+    margin = min(tally.margins, default=math.inf)
+    sums = sum(tally.before), float(moved.sum()), float(np.abs(moved).sum())
+    return TermReceipt.of(term, len(tally.fired), sum(tally.fired), *sums, margin)
 
 
 def _draw(logits: Array, how: Sampling, uniform: float) -> int:

@@ -202,7 +202,7 @@ class Plan:
         if edit is None:
             return None
         at = {slot.place: number for number, slot in enumerate(self._slots)}
-        terms = (_term_receipt(term, *self._sums[at[place], row].tolist()) for place, term in _places(edit))
+        terms = (TermReceipt.of(term, *self._sums[at[place], row].tolist()) for place, term in _places(edit))
         return Receipt(edit.id, tuple(terms))
 
     def receipts(self) -> list[Receipt | None]:
@@ -323,19 +323,3 @@ def _slot(place: tuple[int, int], terms: list[EditTerm | None], d_model: int, de
     response = [term is not None and term.position == "response" for term in terms]
     response_only = torch.tensor(response, device=device)[:, None] if any(response) else None
     return _Slot(place, terms, coefficients, response_only)
-
-
-def _term_receipt(
-    term: EditTerm, seen: float, edited: float, before: float, moved: float, distance: float, margin: float
-) -> TermReceipt:
-    return TermReceipt(
-        label=term.label,
-        layer=term.layer,
-        position=term.position,
-        tokens_seen=int(seen),
-        tokens_edited=int(edited),
-        projection_before=before / seen if seen else math.nan,
-        projection_after=(before + moved) / seen if seen else math.nan,
-        perturbation=distance / edited if edited else 0.0,
-        gate_margin=margin,
-    )

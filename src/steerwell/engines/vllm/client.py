@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from steerwell.core.errors import ArgumentError, EngineError
+from steerwell.core.errors import ArgumentError, EngineError, NotFiniteError
 from steerwell.core.records import Edit, EditTerm, Receipt, TermReceipt
 from steerwell.engines.vllm.plugin import REGISTERED
 from steerwell.engines.vllm.wire import KEY, Settings, encode, packed, vector_name
@@ -194,18 +194,8 @@ def _term_receipt(
     term: EditTerm, seen: float, edited: float, before: float, moved: float, distance: float, margin: float
 ) -> TermReceipt:
     if not math.isfinite(before):
-        raise EngineError(
+        raise NotFiniteError(
             f"layer {term.layer}: the activations are not finite, so they cannot be steered; load the model with "
             "dtype='bfloat16' or 'float32'"
         )
-    return TermReceipt(
-        label=term.label,
-        layer=term.layer,
-        position=term.position,
-        tokens_seen=int(seen),
-        tokens_edited=int(edited),
-        projection_before=before / seen if seen else math.nan,
-        projection_after=(before + moved) / seen if seen else math.nan,
-        perturbation=distance / edited if edited else 0.0,
-        gate_margin=margin,
-    )
+    return TermReceipt.of(term, seen, edited, before, moved, distance, margin)
