@@ -115,6 +115,15 @@ def test_several_answers_to_one_request_each_have_their_seed(engine) -> None:
     run(engine, work)
 
 
+def test_at_rest_nothing_is_held(engine) -> None:
+    async def work(scheduler: Scheduler) -> None:
+        await answers(await scheduler.submit([Asked(PROMPTS[0], SHORT, ENDLESS)]))
+        await until(lambda: scheduler._batch.rows == [])
+        assert scheduler._batch.width == 0
+
+    run(engine, work)
+
+
 def test_a_cancelled_request_frees_its_row(endless) -> None:
     async def work(scheduler: Scheduler) -> None:
         ticket = await scheduler.submit([Asked(PROMPTS[0], LONG, ENDLESS)])

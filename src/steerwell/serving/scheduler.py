@@ -258,6 +258,8 @@ class Scheduler:
         if grown:
             self._batch.step()
             self._deliver(grown)
+        if not self._jobs:
+            self._batch.sweep()  # nobody is left: at rest no memory is held
         if self._observer is not None:
             tokens, seconds = len(joined) + len(grown), time.perf_counter() - began
             self._observer.stepped(len(grown), self._queue.size, seconds, tokens)

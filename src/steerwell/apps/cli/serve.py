@@ -72,6 +72,10 @@ def serve(
         typer.Option(help="Host name to answer under, behind a proxy; repeatable.", rich_help_panel=NETWORK),
     ] = None,
     root_path: Annotated[str, typer.Option(help="Path that a proxy in front cuts off.", rich_help_panel=NETWORK)] = "",
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="CPU threads of the model; default: one per core. Fewer where others need cores."),
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Answers that decode together.", rich_help_panel=LIMITS)] = 64,
     batch_tokens: Annotated[
         int, typer.Option(min=1, help="Answers x longest; bounds memory.", rich_help_panel=LIMITS)
@@ -93,6 +97,8 @@ def serve(
     Without --model, --direction and --policy: the bundled model with four concepts and an honest default policy.
     """
     try:
+        import torch
+
         from steerwell.apps.server import run, start
         from steerwell.apps.server.service import Service
         from steerwell.serving import keys, logs, monitoring, scheduler
@@ -115,6 +121,8 @@ def serve(
     listed = start.registered(direction or [], policy or [], default)
     shows = model == DEFAULT_MODEL and not (direction or policy or default)
     with run.bound(host, port) as listener:
+        if threads is not None:
+            torch.set_num_threads(threads)
         engine = load_engine(model, dtype, device_map, gguf_file, batch, trust_remote_code)
         if shows:
             with tasks() as say:
