@@ -306,10 +306,10 @@ def test_ready_texts_follow_the_concept(browser, address):
 def test_what_the_server_refuses_is_said_where_the_answer_would_be(browser, address):
     with visit(browser, address, faults="400") as seen:
         choose(seen.page, "Steer with", "policy:a-bounded-one")
-        seen.page.fill("#strength-exact", "3.5")
+        seen.page.fill("#strength-exact", "9.5")
         seen.run()
         error = seen.answer("Steered").get_by_role("alert").text_content()
-        assert "3.5" in error
+        assert "9.5" in error
         assert seen.answer("Unsteered").get_attribute("data-state") == "done"
 
 

@@ -124,6 +124,8 @@ def test_uvicorn_writes_through_the_same_formatter_once(stream) -> None:
 
     for name in UVICORN:
         logging.getLogger(name).addHandler(logging.StreamHandler(stream))
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+        logging.getLogger(name).disabled = True
     configure(stream=stream)
     configure(stream=stream)  # replaces what the first call set up
     uvicorn.Config(app=None, log_config=None)

@@ -121,8 +121,8 @@ def configure(log_prompts: bool = False, level: int = logging.INFO, stream: Text
     logging.getLogger("steerwell").setLevel(level)
     for name in UVICORN:
         logger = logging.getLogger(name)
-        logger.handlers, logger.propagate = [], True
-    logging.getLogger("uvicorn").setLevel(level)
+        logger.handlers, logger.propagate, logger.disabled = [], True, False
+        logger.setLevel(level)
     return RequestLog(log_prompts)
 
 
