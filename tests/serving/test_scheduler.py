@@ -118,8 +118,7 @@ def test_several_answers_to_one_request_each_have_their_seed(engine) -> None:
 def test_at_rest_nothing_is_held(engine) -> None:
     async def work(scheduler: Scheduler) -> None:
         await answers(await scheduler.submit([Asked(PROMPTS[0], SHORT, ENDLESS)]))
-        await until(lambda: scheduler._batch.rows == [])
-        assert scheduler._batch.width == 0
+        await until(lambda: scheduler._batch.rows == [] and scheduler._batch.width == 0)
 
     run(engine, work)
 
