@@ -45,6 +45,7 @@ class Row:
     ended: bool = False  # by the end token
     receipt: Receipt | None = None
     fault: EngineError | None = None
+    settled: bool = False  # its receipt, if there is one, has been made out
     told: list[Token] = field(default_factory=list)  # tokens not yet taken
     echoed: tuple[Token, ...] = ()
     draws: Any = None  # uniform numbers, one per token
@@ -119,9 +120,12 @@ class Batch:
             self._grow(logits[:, -1])
 
     def settle(self) -> None:
-        """Set the receipts of the finished rows that have none yet."""
+        """Set the receipts of the rows that have finished since the last time."""
         for index, row in enumerate(self.rows):
-            if row.finish is not None and row.receipt is None and row.fault is None:
+            if row.finish is None or row.settled:
+                continue
+            row.settled = True
+            if row.fault is None:
                 row.fault, row.receipt = self._plan.fault(index), self._plan.receipt(index)
 
     def sweep(self, share: float = 1.0) -> None:
