@@ -14,6 +14,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 ROOM = 32  # columns to spare, at least; half of what is there, if that is more
+WASTE = 4  # buffers larger than what is needed by more than this are let go
 
 
 def joinable(network: nn.Module) -> bool:
@@ -98,16 +99,26 @@ class Columns(DynamicLayer):  # type: ignore[no-untyped-call]
         return self.keys, self.values
 
     def _move(self, rows: int, width: int, more: int) -> None:
-        """Into larger buffers, the columns at their end but for the room that is to come: `width` and `more` fit."""
-        old_rows, heads, _, _ = self._stores[0].shape
-        capacity = old_rows if rows <= old_rows else max(rows, 2 * old_rows)
+        """Bring the columns to where `width` of them fit before, and `more` and some room after, for so many rows.
+
+        In place if the buffers are large enough: new memory has its price, and rows come and go all the time.
+        """
+        old_rows, heads, old_columns, size = self._stores[0].shape
         room, length = more + max(ROOM, width // 2), self.get_seq_length()
-        moved = []
-        for store in self._stores:
-            larger = store.new_zeros((capacity, heads, width + room, store.shape[3]))
-            larger[: self._rows, :, width - length : width] = store[: self._rows, :, self._begin : self._end]
-            moved.append(larger)
-        self._stores, self._begin, self._end = moved, width - length, width
+        columns = width + room
+        fits = rows <= old_rows and columns <= old_columns
+        if fits and old_rows * old_columns <= WASTE * rows * columns:
+            end = old_columns - room
+            for store in self._stores:
+                for row in store[: self._rows]:
+                    row[:, end - length : end] = row[:, self._begin : self._end].clone()  # they may overlap
+        else:
+            end, capacity = width, rows + rows // 4
+            larger = [store.new_empty((capacity, heads, columns, size)) for store in self._stores]
+            for new, held in zip(larger, self._look(), strict=True):
+                new[: self._rows, :, end - length : end] = held
+            self._stores = larger
+        self._begin, self._end = end - length, end
 
 
 def join(old: DynamicCache, new: DynamicCache) -> None:
