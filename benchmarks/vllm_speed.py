@@ -1,22 +1,16 @@
-"""Speed of steering inside vLLM: throughput beside vLLM without the plugin, in one run, rounds interleaved.
+"""Speed of steering inside vLLM: `make bench-vllm` measures it beside vLLM without the plugin and writes VLLM.md.
 
-    .venv-vllm/bin/python -m benchmarks.vllm_speed [--batch 32] [--rounds 7] [--width 512] [--layers 8]
-
-Two engines of the same random model stand in one process, one plain, one that can steer. Every round measures every
-condition once, in an order of its own; a condition's ratio is its throughput over the plain engine's of that round, and
-the table shows the median and the range of the ratios. The prefix cache is off; all requests give as many tokens.
-
-On the CPU the clock is the process's own time on the processor, which other work on the machine hardly changes; on CUDA
-it is the clock on the wall.
+--batch, --widths, --layers, --rounds   what is measured; with anything else than the defaults VLLM.md is not written
+--eager                                 without compilation
+--captures                              with the op in the graph that reads states
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import math
 import os
-import random
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,12 +19,28 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.contest import ROOT
+from benchmarks.report import Row, Section, machine
+from benchmarks.timing import Pace, Summary, Times, ratio, take_turns
+from steerwell.core.artifacts import write_atomic
 from steerwell.core.records import Edit, EditTerm
-from steerwell.engines.vllm.plugin import REGISTERED
+from steerwell.engines.vllm.front import REGISTERED
 from steerwell.engines.vllm.wire import KEY, encode, packed, vector_name
 
 PROMPT, ANSWER = 16, 64  # tokens
 Edits = list[Edit | None]
+PLAIN = "plain vLLM"
+RESULTS = ROOT / "benchmarks" / "VLLM.md"
+HOW_TO_READ = f"""\
+Two engines of the same random float32 Llama stand in one process: vLLM as it is, and vLLM that can steer. All requests
+of a batch come at once, {PROMPT} tokens each, and give {ANSWER} tokens, so that every batch is the same work but for
+the steering; the prefix cache is off. Every round measures every condition once, in an order that turns around; a ratio
+is a condition's throughput over plain vLLM's of the same round, and given are the median over the rounds and their
+middle half. A ratio whose middle half spans its target is not decided by this run.
+
+On the CPU the clock is the process's own time on the processor, which other work on the machine changes less than the
+time on the wall; on CUDA it is the clock on the wall.\
+"""
 
 
 def save_model(folder: Path, width: int, layers: int) -> None:
@@ -73,8 +83,8 @@ def start(folder: Path, batch: int, eager: bool, steering: dict[str, Any]) -> An
     return LLMEngine.from_engine_args(arguments)
 
 
-def throughput(core: Any, edits: Edits) -> float:
-    """Generated tokens per second of one batch, a request per edit."""
+def seconds(core: Any, edits: Edits) -> float:
+    """What one batch takes, a request per edit."""
     from vllm.inputs.engine import tokens_input
     from vllm.sampling_params import RequestOutputKind
 
@@ -90,7 +100,7 @@ def throughput(core: Any, edits: Edits) -> float:
         core.add_request(str(row), tokens_input(rng.integers(3, 4096, PROMPT).tolist()), how)
     while core.has_unfinished_requests():
         core.step()
-    return len(edits) * ANSWER / (clock() - began)
+    return float(clock() - began)
 
 
 def conditions(batch: int, width: int, layers: int) -> dict[str, Edits]:
@@ -123,52 +133,57 @@ def register(core: Any, edits: Edits) -> None:
     REGISTERED.update(named)
 
 
-def measure(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Throughput of every condition in every round; the first round, which warms up, is left out."""
-    found: dict[str, list[float]] = {name: [] for name in runs}
-    order = random.Random(0)
-    for _ in range(rounds + 1):
-        names = list(runs)
-        order.shuffle(names)
-        for name in names:
-            found[name].append(runs[name]())
-    return {name: values[1:] for name, values in found.items()}
+def section(times: Times, batch: int, width: int, layers: int, on_cpu: bool) -> Section:
+    """Ratios to plain vLLM, round by round."""
+    tokens, one = batch * ANSWER, 0.95 if on_cpu else 0.97
+    rows = []
+    for name, spent in times.items():
+        if name == PLAIN:
+            continue
+        against = ratio(times, PLAIN, name)
+        figures = " / ".join(f"{tokens / Summary.of(side).median:,.0f}" for side in (spent, times[PLAIN]))
+        target = one if name.startswith("one layer") else None if on_cpu or "all" not in name else 0.9
+        rows.append(Row(name, against, f"{figures} tokens/s", at_least=target))
+    return Section(f"{layers} layers of width {width}", f"{batch} requests at one time.", rows)
 
 
-def table(found: dict[str, list[float]]) -> str:
-    """Ratios to the first condition, round by round."""
-    plain = next(iter(found.values()))
-    lines = ["| condition | tokens/s, median | ratio to plain vLLM, median (range) |", "|---|---|---|"]
-    for name, values in found.items():
-        ratios = [value / base for value, base in zip(values, plain, strict=True)]
-        shown = f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
-        lines.append(f"| {name} | {statistics.median(values):.0f} | {shown} |")
-    return "\n".join(lines)
+def measured(width: int, given: argparse.Namespace) -> Section:
+    """One model's table."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(Path(folder), width, given.layers)
+        plain = start(Path(folder), given.batch, given.eager, {})
+        steered = start(Path(folder), given.batch, given.eager, {KEY: {"captures": given.captures}})
+        cases = conditions(given.batch, width, given.layers)
+        for edits in cases.values():
+            register(steered, edits)
+        runs: dict[str, Callable[[], float]] = {PLAIN: lambda: seconds(plain, [None] * given.batch)}
+        for name, edits in cases.items():
+            runs[name] = lambda edits=edits: seconds(steered, edits)
+        times = take_turns(runs, Pace(0, given.rounds))
+    on_cpu = plain.vllm_config.device_config.device_type == "cpu"
+    return section(times, given.batch, width, given.layers, on_cpu)
 
 
 def main() -> None:
-    """Measure, and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    for name, value in (("batch", 32), ("rounds", 7), ("width", 512), ("layers", 8), ("captures", 0)):
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.vllm_speed", description="Speed of steering in vLLM.")
+    for name, value in (("batch", 32), ("rounds", 9), ("layers", 8), ("captures", 0)):
         parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--widths", type=int, nargs="+", default=[512, 1024])
     parser.add_argument("--eager", action="store_true", help="without compilation")
     given = parser.parse_args()
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    with tempfile.TemporaryDirectory() as folder:
-        save_model(Path(folder), given.width, given.layers)
-        plain = start(Path(folder), given.batch, given.eager, {})
-        steered = start(Path(folder), given.batch, given.eager, {KEY: {"captures": given.captures}})
-        cases = conditions(given.batch, given.width, given.layers)
-        for edits in cases.values():
-            register(steered, edits)
-        runs = {"plain vLLM": lambda: throughput(plain, [None] * given.batch)}
-        for name, edits in cases.items():
-            runs[name] = lambda edits=edits: throughput(steered, edits)
-        print(f"batch {given.batch}, {given.layers} layers of width {given.width}, {PROMPT} tokens in, {ANSWER} out;")
-        print(f"{'eager' if given.eager else 'compiled'}; {given.rounds} rounds, interleaved\n")
-        print(table(measure(runs, given.rounds)), flush=True)
+    began = time.perf_counter()
+    tables = [measured(width, given).markdown() for width in given.widths]
+    versions = [f"vllm {importlib.metadata.version('vllm')}, {'eager' if given.eager else 'compiled'}"]
+    here = machine(versions, time.perf_counter() - began)
+    head = ["# Steering inside vLLM: speed", "", "Written by `make bench-vllm`; do not edit.", "", *here, ""]
+    text = "\n".join([*head, HOW_TO_READ, "", *tables])
+    print(text, flush=True)
+    if given == parser.parse_args([]):
+        write_atomic(RESULTS, text)
 
 
 if __name__ == "__main__":

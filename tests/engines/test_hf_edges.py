@@ -22,7 +22,7 @@ from steerwell.core.errors import ArgumentError, EngineError, ModelMismatchError
 from steerwell.core.records import Edit, EditTerm, Message, Prompt, Sampling
 from steerwell.engines.hf import HFEngine
 from steerwell.engines.hf.blocks import decoder_blocks
-from steerwell.engines.hf.text import TextCodec, TextStream
+from steerwell.engines.text import TextCodec, TextStream
 from tests.models import GROUPED, VOCABULARY, tokenizer
 
 PROMPT = Prompt.chat("Who are you?", "Be kind.")

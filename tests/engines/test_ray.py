@@ -15,6 +15,7 @@ import pytest
 
 from steerwell.core.errors import ArgumentError, EngineError, MissingDependencyError, UnknownNameError
 from steerwell.core.records import Edit, EditTerm, Prompt, Sampling
+from steerwell.engines.base import kind_of
 from steerwell.engines.fake import FakeEngine
 from steerwell.engines.ray import DEATHS, Actors, Cluster, RayEngine, _Host
 from tests.ray_run import Mortal, cluster
@@ -186,6 +187,44 @@ def test_an_actor_loads_a_model_once_and_keeps_what_somebody_holds(tmp_path: Pat
     assert (list(host._engines), loaded) == (["2"], [1, 2])
     name("13", "1")
     assert (list(host._engines), loaded) == (["1"], [1, 2, 1])
+
+
+def test_an_actor_closes_a_model_before_it_loads_another() -> None:
+    told: list[str] = []
+
+    class Told(FakeEngine):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.name = name
+            told.append(f"{name} loaded")
+
+        def close(self) -> None:
+            told.append(f"{self.name} closed")
+
+    host = _Host(".")
+    for held, key in (("ab", "a"), ("ab", "b"), ("a", "a"), ("c", "c"), ("", "c")):
+        host.ask(held, key, partial(Told, key), lambda engine: engine.name, (), {})
+    assert told == ["a loaded", "b loaded", "b closed", "a closed", "c loaded"]
+
+
+def test_an_engine_that_is_closed_is_not_held_any_more(actors: Actors) -> None:
+    first, second = (actors.engine(key, FakeEngine) for key in ("first", "second"))
+    kept = len(actors._engines)
+    first.close()
+    assert len(actors._engines) == kept - 1
+    assert kind_of(second) == "fake"
+    assert second.info == FakeEngine().info
+
+
+@pytest.mark.parametrize(("gpus", "count"), [(1, 2), (0.5, 2), (2, 4)])
+def test_an_actor_with_fewer_gpus_than_share_a_model(gpus: float, count: int) -> None:
+    with pytest.raises(ArgumentError, match=f"gpus: an actor has {gpus}, and 'it' is shared by {count}"):
+        Cluster(gpus=gpus).require_gpus(count, "'it'")
+
+
+def test_an_actor_with_enough_gpus_or_none() -> None:
+    for gpus, count in ((0, 4), (0.5, 1), (4, 4), (4, 2)):
+        Cluster(gpus=gpus).require_gpus(count, "it")
 
 
 @pytest.mark.parametrize("wrong", [{"actors": 0}, {"cpus": -1}, {"cpus": 0}, {"gpus": -0.5}, {"gpus": 1.5}])

@@ -123,7 +123,7 @@ def service(engine: HFEngine, **changes: Any) -> Service:
         catalog=changes.get("catalog") or catalog(engine),
         monitor=monitor,
         log=RequestLog(),
-        decode=engine.loaded.codec.decode,
+        decode=engine.decode,
         hosts=LOCAL,
     )
     return replace(plain, **changes)

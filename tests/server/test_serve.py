@@ -139,6 +139,11 @@ def test_the_demo_is_kept_for_the_next_start(pilot, tmp_path: Path, monkeypatch:
         (["--served-model-name", "a:b"], "':'"),
         (["--timeout", "nan"], "timeout"),
         (["--host", "256.0.0.1"], "256.0.0.1"),
+        (["--port", "0", "--engine", "vllm", "--threads", "2"], "OMP_NUM_THREADS"),
+        (["--port", "0", "--engine", "vllm", "--device-map", "cuda"], "--device-map: vLLM"),
+        (["--port", "0", "--engine", "vllm", "--engine-args", "{"], "no JSON"),
+        (["--port", "0", "--engine-args", "{}"], "--engine vllm"),
+        (["--port", "0", "--tensor-parallel", "2"], "--device-map"),
     ],
 )
 def test_a_wrong_start_is_an_error_before_anything_is_loaded(run, words: list[str], said: str) -> None:

@@ -44,12 +44,12 @@ class Held:
         self._go.set()
         self.fault: Exception | None = None  # raised by the next step of more than one answer
 
-        def step(batch: Batch) -> None:
+        def step(batch: Batch) -> int:
             assert self._go.wait(WAIT), "the test let nobody go on"
             if self.fault is not None and len(batch.rows) > 1:
                 error, self.fault = self.fault, None
                 raise error
-            self._step(batch)
+            return self._step(batch)
 
         monkeypatch.setattr(Batch, "step", step)
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
+import time
 from collections.abc import Awaitable, Callable
 
 import numpy as np
 import pytest
 
-from steerwell.core.errors import ArgumentError, EngineError, OverloadedError, TimedOutError
+from steerwell.core.errors import ArgumentError, EngineError, EngineGoneError, OverloadedError, TimedOutError
 from steerwell.core.records import Edit, EditTerm, Prompt, Sampling
 from steerwell.engines.base import Answer, Asked
 from steerwell.engines.hf.batch import Batch
@@ -309,6 +310,75 @@ def test_stopping_fails_what_is_under_way(endless) -> None:
                 await answers(ticket)
 
     run(endless, work, batch=1)
+
+
+class Mortal:
+    """An engine that works in other processes, and its batch; `dies` in the midst of a step, or at rest."""
+
+    joins, padded = True, False
+
+    def __init__(self, engine) -> None:
+        self.row, self.gone, self.dies = engine.row, False, False
+        self.dropped: list[object] = []
+
+    def batch(self) -> Mortal:
+        return self
+
+    def admit(self, rows) -> int:
+        return 0
+
+    def step(self) -> int:
+        if self.dies:
+            self.gone = True
+            raise EngineGoneError("they have ended")
+        time.sleep(0.001)
+        return 0
+
+    def settle(self) -> None:
+        pass
+
+    def rest(self) -> None:
+        pass
+
+    def drop(self, rows) -> None:
+        self.dropped += rows
+        if self.gone:
+            raise EngineGoneError("they have ended")
+
+
+def test_an_engine_whose_processes_end_fails_everything_at_once(engine) -> None:
+    mortal = Mortal(engine)
+
+    async def work(scheduler: Scheduler) -> None:
+        tickets = [await scheduler.submit([Asked(prompt, LONG)]) for prompt in PROMPTS]  # one decodes, the others wait
+        await until(lambda: len(scheduler._jobs) == 1)
+        assert scheduler.alive
+        mortal.dies = True
+        for ticket in tickets:
+            with pytest.raises(EngineGoneError, match="they have ended"):
+                await answers(ticket)
+        assert mortal.dropped == [tickets[0].rows[0]]
+        assert not scheduler.alive
+        assert not scheduler.ready
+        await until(lambda: not scheduler._thread.is_alive())
+        with pytest.raises(EngineGoneError, match="start the server again"):
+            await scheduler.submit([Asked(PROMPTS[0], SHORT)])
+
+    run(mortal, work, batch=1)
+
+
+def test_an_engine_that_ends_while_nothing_is_asked_is_noticed(engine) -> None:
+    mortal = Mortal(engine)
+
+    async def work(scheduler: Scheduler) -> None:
+        assert scheduler.ready
+        mortal.gone = True
+        assert not scheduler.alive
+        assert not scheduler.ready
+        with pytest.raises(EngineGoneError):
+            await scheduler.submit([Asked(PROMPTS[0], SHORT)])
+
+    run(mortal, work)
 
 
 def test_models_whose_rows_cannot_join_are_served_in_waves(endless, monkeypatch: pytest.MonkeyPatch) -> None:

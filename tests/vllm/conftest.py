@@ -14,10 +14,11 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-collect_ignore = [] if importlib.util.find_spec("vllm") else ["test_engine.py", "test_processes.py"]
+NEED_VLLM = ("engine", "policy", "processes", "serve", "studies", "traces")
+collect_ignore = [] if importlib.util.find_spec("vllm") else [f"test_{name}.py" for name in NEED_VLLM]
 
 
-def save_model(name: str, folder: Path) -> Path:
+def save_model(name: str, folder: Path, seed: int = 0) -> Path:
     """Write a random model whose head size vLLM's CPU attention takes."""
     import torch
     import transformers
@@ -30,7 +31,7 @@ def save_model(name: str, folder: Path) -> Path:
         "llama": lambda: transformers.LlamaConfig(**GROUPED | shape | {"head_dim": 32}),
         "gpt2": lambda: transformers.GPT2Config(n_embd=64, n_layer=4, n_head=2, n_positions=256, **others),
     }
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     transformers.AutoModelForCausalLM.from_config(configs[name]()).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder

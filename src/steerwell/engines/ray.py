@@ -6,6 +6,7 @@ made again elsewhere.
 
 from __future__ import annotations
 
+import math
 import os
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from weakref import WeakSet
 
 from steerwell.core.errors import ArgumentError, EngineError, MissingDependencyError, SteerwellError
 from steerwell.core.records import Edit, ModelInfo, Pool, Prompt, Response, Sampling, Score, Vectors
-from steerwell.engines.base import Chunk, Edits, Engine, Samplings
+from steerwell.engines.base import Chunk, Edits, Engine, Samplings, kind_of
 
 T = TypeVar("T")
 Load = Callable[[], Engine]
@@ -55,6 +56,14 @@ class Cluster:
             raise ArgumentError(f"cpus, gpus: got {self.cpus}, {self.gpus}; an actor takes a share of one of them")
         if self.gpus > 1 and self.gpus % 1:
             raise ArgumentError(f"gpus: got {self.gpus}; expected a share below 1, or a whole number")
+
+    def require_gpus(self, count: int, what: str) -> None:
+        """Raise `ArgumentError` where an actor has GPUs, but not as many as share what it is to load."""
+        if 0 < math.ceil(self.gpus) < count:
+            raise ArgumentError(
+                f"gpus: an actor has {self.gpus:g}, and {what} is shared by {count} (tensor parallel); give it as many "
+                "(--gpus-per-actor)"
+            )
 
 
 class Actors:
@@ -112,6 +121,10 @@ class Actors:
         made = RayEngine(self, key, load)
         self._engines.add(made)
         return made
+
+    def forget(self, engine: RayEngine) -> None:
+        """Nobody here holds an engine any more: actors close theirs before they load another one."""
+        self._engines.discard(engine)
 
     def ask(self, engine: RayEngine, work: str | Callable[..., Any], *args: Any, **options: Any) -> Any:
         """Have a free actor do something with its copy of an engine: call a method, or a function of the engine.
@@ -206,6 +219,11 @@ class RayEngine:
         return self._info
 
     @property
+    def kind(self) -> str:
+        """Which engine the actors have; see `steerwell.engines.base.kind_of`."""
+        return self.run(kind_of)
+
+    @property
     def at_once(self) -> int:
         """Units of work to have in flight: one more per actor waits, so that none rests while answers are judged."""
         return 2 * self._actors.count
@@ -260,6 +278,10 @@ class RayEngine:
         texts: list[str] = self._actors.ask(self, "pieces", tokens)
         return texts
 
+    def close(self) -> None:
+        """Let the actors end theirs; see `Actors.forget`."""
+        self._actors.forget(self)
+
 
 class _Host:
     """What runs in an actor: engines by key, those that somebody holds."""
@@ -283,8 +305,8 @@ class _Host:
     ) -> Any:
         """What the work gives, or the error that it raised: as a value, since Ray would hand on another one."""
         try:
-            for other in set(self._engines) - set(held):
-                del self._engines[other]
+            for other in set(self._engines) - {*held, key}:
+                self._engines.pop(other).close()
             if key not in self._engines:
                 self._engines[key] = load()
             engine = self._engines[key]

@@ -15,15 +15,22 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from anyio import to_thread
 
-from steerwell.core.errors import ArgumentError, EngineError, OverloadedError, SteerwellError, TimedOutError
+from steerwell.core.errors import (
+    ArgumentError,
+    EngineError,
+    EngineGoneError,
+    OverloadedError,
+    SteerwellError,
+    TimedOutError,
+)
 from steerwell.engines.base import Asked, Piece, proven
-from steerwell.engines.hf import HFEngine
-from steerwell.engines.hf.batch import SHRINK_BELOW, Row, alike
+from steerwell.engines.rows import Row, ServingEngine
 from steerwell.serving.limits import Limits
 
 log = logging.getLogger("steerwell.serving")
@@ -137,7 +144,7 @@ class Scheduler:
         observer: who is told of every step.
     """
 
-    def __init__(self, engine: HFEngine, limits: Limits, observer: Observer | None = None) -> None:
+    def __init__(self, engine: ServingEngine, limits: Limits, observer: Observer | None = None) -> None:
         self._engine, self._limits, self._observer = engine, limits, observer
         self._batch = engine.batch()
         self._jobs: dict[Row, _Job] = {}  # those in the batch
@@ -152,8 +159,8 @@ class Scheduler:
 
     @property
     def alive(self) -> bool:
-        """Whether the scheduler runs."""
-        return self._thread.is_alive()
+        """Whether the scheduler runs, and what it runs the model on."""
+        return self._thread.is_alive() and not self._batch.gone
 
     @property
     def ready(self) -> bool:
@@ -179,6 +186,7 @@ class Scheduler:
         Raises:
             ArgumentError: too many answers at once, or see `HFEngine.row`.
             OverloadedError: the queue is full, or the server is about to stop.
+            EngineGoneError: what runs the model has ended.
         """
         if len(asked) > self._limits.choices:
             raise ArgumentError(f"n: {len(asked)} answers at once; this server gives {self._limits.choices} at most")
@@ -208,13 +216,15 @@ class Scheduler:
         with self._wake:
             self._accepting = self._running = False
             self._wake.notify()
-        if self.alive:
+        if self._thread.is_alive():
             self._thread.join()
 
     def _rows(self, asked: Sequence[Asked]) -> list[Row]:
         return [self._engine.row(item) for item in asked]
 
     def _require_room(self, wanted: int) -> None:
+        if self._batch.gone:
+            raise EngineGoneError("the processes that run the model have ended; start the server again")
         if not self._accepting:
             raise OverloadedError("this server is about to stop; ask another one, or again in a while", 5)
         if self._queue.size + wanted > self._limits.queue:
@@ -239,30 +249,30 @@ class Scheduler:
                 return self._fail(EngineError("the server stopped before this was answered; ask again"))
             try:
                 self._turn()
+            except EngineGoneError as error:
+                log.exception("the model is gone; this server can answer nothing any more")
+                self._accepting = self._running = False
+                return self._fail(error)
             except Exception as error:  # whatever a step meets, the server goes on with the next requests
                 log.exception("a step failed")
                 self._fail(EngineError(f"a step of the model failed ({type(error).__name__}); ask again"))
 
     def _turn(self) -> None:
         """Let go what is over, let in what fits, and grow every answer by a token."""
-        began = time.perf_counter()
+        began, tokens = time.perf_counter(), 0
         self._expire()
         joined = self._joined()
         if joined:
-            rows = [job.row for job in joined]
-            for group in alike(rows) if self._batch.joins else [rows]:
-                self._batch.join(group)
+            tokens += self._batch.admit([job.row for job in joined])
             self._deliver(joined)
         grown = list(self._jobs.values())
-        self._batch.sweep(SHRINK_BELOW)
         if grown:
-            self._batch.step()
+            tokens += self._batch.step()
             self._deliver(grown)
         if not self._jobs:
-            self._batch.sweep()  # nobody is left: at rest no memory is held
+            self._batch.rest()
         if self._observer is not None:
-            tokens, seconds = len(joined) + len(grown), time.perf_counter() - began
-            self._observer.stepped(len(grown), self._queue.size, seconds, tokens)
+            self._observer.stepped(len(grown), self._queue.size, time.perf_counter() - began, tokens)
 
     def _expire(self) -> None:
         """Fail the requests whose time is up, and let go the rows that nobody waits for."""
@@ -280,18 +290,18 @@ class Scheduler:
 
     def _joined(self) -> list[_Job]:
         """Waiting answers that fit beside those in the batch; the first in line is never passed over."""
-        limits = self._limits
+        limits, padded = self._limits, self._batch.padded
         joined: list[_Job] = []
-        if self._jobs and not (self._batch.joins and self._worth_it()):
+        if self._jobs and not (self._batch.joins and (not padded or self._worth_it())):
             return []
         widest = max((job.size for job in self._jobs.values()), default=0)
         longest = 0
         with self._wake:
             while len(self._jobs) < limits.batch and (job := self._queue.first()) is not None:
                 widest, longest = max(widest, job.size), max(longest, len(job.row.prompt_ids))
-                if self._jobs and widest * (len(self._jobs) + 1) > limits.batch_tokens:
+                if padded and self._jobs and widest * (len(self._jobs) + 1) > limits.batch_tokens:
                     break
-                if joined and longest * (len(joined) + 1) > limits.prefill_tokens:
+                if padded and joined and longest * (len(joined) + 1) > limits.prefill_tokens:
                     break
                 self._queue.pop()
                 self._jobs[job.row] = job
@@ -327,12 +337,17 @@ class Scheduler:
         self._hand_out(events)
 
     def _fail(self, error: SteerwellError) -> None:
-        """Fail what is in the batch, and what waits too if the server stops; begin with an empty batch."""
+        """Fail what is in the batch, and what waits too if the server stops; begin with an empty batch.
+
+        The old one lets its rows go, so that an engine that holds on to them does not go on with them.
+        """
         with self._wake:
             failed = self._known() if not self._running else list(self._jobs.values())
         tickets = {id(job.ticket): job.ticket for job in failed if not job.ticket.over}
         for ticket in tickets.values():
             ticket.over = True
+        with suppress(Exception):  # whatever failed may fail again
+            self._batch.drop(list(self._jobs))
         self._jobs.clear()
         self._batch = self._engine.batch()
         self._hand_out([(ticket, error) for ticket in tickets.values()])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,7 @@ from steerwell.core.artifacts import finite, library_versions, load_direction, w
 from steerwell.core.errors import ArgumentError
 from steerwell.core.policy import save_policy
 from steerwell.core.records import Direction, Edit, Prompt, Sampling
-from steerwell.engines.base import Engine
+from steerwell.engines.base import Engine, made_by
 from steerwell.runs.ledger import Ledger, Row, execute
 from steerwell.runs.plan import plan
 from steerwell.scoring.embeddings import load_embedder
@@ -141,12 +142,11 @@ class _Running:
 
     def _about(self) -> dict[str, Any]:
         settings = self.config.model_dump(mode="json", exclude={"models", "concepts", "examples"})
-        return settings | {
+        return settings | made_by(self.engine) | {
             "what": "alignment",
             "concept": self.concept.hash,
-            "model": asdict(self.engine.info),
             "judge_name": self.judge.name,
-        }
+        }  # fmt: skip
 
     def _sweep(self) -> SweepResult:
         config = self.config
@@ -189,8 +189,9 @@ class _Running:
             begun = [row["answer"] for row in rows if row["task"] == "attacked" and row["condition"] is None]
             rows += self._run(task("prefill", prefilled(calm, begun)), [None, *best])
         for kind, place in self._copies().items():
-            copy = self.load(self.cell.model.model_copy(update={"name": place, "gguf_file": None}))
-            rows += self._run(task(f"fine-tuned, {kind}", calm, engine=copy), [None, *self.roles.all])
+            copied = self.cell.model.model_copy(update={"name": place, "gguf_file": None})
+            with closing(self.load(copied)) as copy:
+                rows += self._run(task(f"fine-tuned, {kind}", calm, engine=copy), [None, *self.roles.all])
         return rows
 
     def _run(self, task: Task, conditions: Sequence[int | None]) -> list[Row]:
@@ -254,11 +255,13 @@ class _Running:
             return [{"turns": rows[at : at + settings.turns]} for at in range(0, len(rows), settings.turns)]
 
         users: Users = ScriptedUsers(scenarios)
-        if settings.user is not None:
-            player = replace(sampling, temperature=USER_TEMPERATURE)
-            users = ModelUsers(self.load(settings.user), scenarios, settings.user_system, player)
-        units = plan("conversations", range(len(begun)), self.config.batch_size)
-        execute(self.ledger, units, talk, self.say("conversations", len(begun)), self.engine)
+        with ExitStack() as stack:
+            if settings.user is not None:
+                player = replace(sampling, temperature=USER_TEMPERATURE)
+                user = stack.enter_context(closing(self.load(settings.user)))
+                users = ModelUsers(user, scenarios, settings.user_system, player)
+            units = plan("conversations", range(len(begun)), self.config.batch_size)
+            execute(self.ledger, units, talk, self.say("conversations", len(begun)), self.engine)
         return [turn for row in self.ledger.rows("conversations") for turn in row["turns"]]
 
     def _capabilities(self) -> list[Row]:
@@ -335,6 +338,7 @@ class _Running:
             "concept": self.concept.concept,
             "poles": self.concept.poles.model_dump(),
             "info": {name: value for name, value in asdict(self.engine.info).items() if name != "signature"},
+            "engine": self.cell.model.runner,
             "judge": self.judge.name,
             "judge_report": _report(self.judge),
             "judge_quality": None if quality is None else {"trusted": quality.trusted, "words": quality.describe()},

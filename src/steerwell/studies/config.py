@@ -3,19 +3,31 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from steerwell.core.errors import UnknownNameError
 from steerwell.core.records import POOLS, Pool, Position
 from steerwell.core.settings import Settings
 from steerwell.studies.defence import PAPER_STRENGTHS, Configuration, grid
+from steerwell.testbed.bundled import MODELS
 
 # swfc gets a smaller strength than the paper's least: where the classes lie far apart, one separation breaks the text.
 STRENGTHS = {**PAPER_STRENGTHS, "swfc": (0.5, *PAPER_STRENGTHS["swfc"]), "transport": (1.0,)}
 Count = Annotated[int, Field(ge=1)]
+MEMORY = frozenset({"gpu_memory_utilization", "kv_cache_memory_bytes"})  # of vLLM's arguments: else it takes nearly all
+SIZES = MEMORY | {"max_num_seqs", "max_num_batched_tokens", "block_size"}  # what changes rounding at most
+LEAST, MOST = 0.01, 2.0  # temperatures at which vLLM draws
+IGNORED = {"hf": ("tensor_parallel", "engine_args"), "vllm": ("device_map", "gguf_file")}
+INSTEAD = {
+    "tensor_parallel": "give device_map: auto, or engine: vllm",
+    "engine_args": "these are vLLM's: leave them out, or give engine: vllm",
+    "device_map": "vLLM places models its own way: leave it out, or give engine: hf",
+    "gguf_file": "vLLM reads no GGUF here: give the model's own folder or hub id, or engine: hf",
+}
 
 
 class Tuned(Settings):
@@ -26,15 +38,22 @@ class Tuned(Settings):
 
 
 class Model(Settings):
-    """One model; fields as in `HFEngine.load`. `label` names it in tables; default: the last part of its name."""
+    """One model; fields as in `HFEngine.load` or `VLLMEngine.load`.
+
+    `label` names it in tables; default: the last part of its name. `engine: vllm` runs it inside vLLM, every layer
+    shared by `tensor_parallel` GPUs; `engine_args` are further arguments of vLLM's `EngineArgs`.
+    """
 
     name: str
     label: str = ""
+    engine: Literal["hf", "vllm"] = "hf"
     dtype: str = "auto"
     device_map: str | None = None
     gguf_file: str | None = None
     trust_remote_code: bool = False
     chat_options: dict[str, Any] = Field(default_factory=dict)
+    tensor_parallel: Count = 1
+    engine_args: dict[str, Any] = Field(default_factory=dict)
     tuned: Tuned | None = None
 
     @model_validator(mode="before")
@@ -46,6 +65,40 @@ class Model(Settings):
     def title(self) -> str:
         """The label, fit for a folder's name."""
         return re.sub(r"[^\w.-]+", "-", self.label or Path(self.name).name)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What its answers depend on: not how it is called here, where it runs, or how much memory it may take."""
+        told = self.model_dump(exclude={"label", "device_map", "trust_remote_code", "tensor_parallel"})
+        args = {name: value for name, value in self.engine_args.items() if name not in SIZES}
+        return told | {"engine": self.engine, "engine_args": args}
+
+    @property
+    def runner(self) -> dict[str, Any]:
+        """Who runs it, for people: the engine, and how vLLM was asked to."""
+        asked = {"tensor_parallel": self.tensor_parallel} | self.engine_args
+        return {"engine": self.engine} | (asked if self.engine == "vllm" else {})
+
+    @property
+    def leaves_room(self) -> bool:
+        """Whether another model finds memory beside it."""
+        return self.engine == "hf" or not MEMORY.isdisjoint(self.engine_args)
+
+    @model_serializer(mode="wrap")
+    def _told(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without vLLM's fields where it does not run the model: as it was written before there was a choice."""
+        left_out = {"engine", *IGNORED["hf"]} if self.engine == "hf" else ()
+        return {name: value for name, value in dump(self).items() if name not in left_out}
+
+    @model_validator(mode="after")
+    def _heeded(self) -> Self:
+        """Settings that the engine would ignore are errors."""
+        for name in IGNORED[self.engine]:
+            if (got := getattr(self, name)) != type(self).model_fields[name].get_default(call_default_factory=True):
+                raise ValueError(f"{name}: got {got!r} with engine: {self.engine}; {INSTEAD[name]}")
+        if self.engine == "vllm" and self.name.endswith(".gguf"):
+            raise ValueError(f"name: got {self.name!r} with engine: vllm; {INSTEAD['gguf_file']}")
+        return self
 
 
 class JudgeSettings(Settings):
@@ -160,3 +213,41 @@ class AlignmentConfig(Settings):
         if len(set(self.concepts)) < len(self.concepts):
             raise ValueError("a concept is named twice")
         return self
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        """What vLLM cannot do is an error before anything runs."""
+        require_temperatures(self.models, {"temperature": self.temperature})
+        user = self.conversations and self.conversations.user
+        for model in self.models:
+            if model.engine == "vllm" and (tasks := [task for task in self.capabilities if task != "testbed"]):
+                raise ValueError(
+                    f"capabilities: {', '.join(tasks)} are lm_eval's, which runs on engine: hf only, and "
+                    f"{model.title!r} has engine: vllm; leave them out, and measure them in a study of their own"
+                )
+            crowd = [model] * (2 if self._has_copies(model) else 1) + ([user] if user else [])
+            if len(crowd) > 1 and (full := [each for each in crowd if not each.leaves_room]):
+                raise ValueError(
+                    f"engine_args: {full[0].title!r} runs beside another model (a fine-tuned copy, or one that plays "
+                    "users), and vLLM takes nearly all memory: give it gpu_memory_utilization: 0.45, say, or do "
+                    "without the other one (fine_tuned: false, or no conversations.user)"
+                )
+        return self
+
+    def _has_copies(self, model: Model) -> bool:
+        """Whether fine-tuned copies of a model are tested."""
+        if not self.fine_tuned:
+            return False
+        return model.name in MODELS if model.tuned is None else bool(model.tuned.bad or model.tuned.benign)
+
+
+def require_temperatures(models: Iterable[Model], temperatures: Mapping[str, float]) -> None:
+    """Raise `ValueError` for a temperature, given by its field, at which a model's engine does not draw."""
+    wrong = {name: value for name, value in temperatures.items() if value and not LEAST <= value <= MOST}
+    titles = [model.title for model in models if model.engine == "vllm"]
+    if titles and wrong:
+        name, value = next(iter(wrong.items()))
+        raise ValueError(
+            f"{name}: got {value:g}, and {titles[0]!r} has engine: vllm, which takes 0 (greedy), or {LEAST:g} to "
+            f"{MOST:g}"
+        )

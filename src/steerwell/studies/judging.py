@@ -11,7 +11,7 @@ from steerwell.concepts import ENGLISH, Concept, load_concept
 from steerwell.concepts.schema import Split
 from steerwell.core.errors import ArgumentError
 from steerwell.core.records import Response, Sampling
-from steerwell.engines.base import Engine
+from steerwell.engines.base import Engine, made_by
 from steerwell.runs.ledger import Ledger, Row, execute
 from steerwell.runs.plan import plan
 from steerwell.scoring.judges.base import Judge
@@ -56,9 +56,8 @@ def judge_for(
         about = {
             "what": "judge",
             "concept": concept.hash,
-            "model": asdict(engine.info),
             "sampling": asdict(sampling),
-        }
+        } | made_by(engine)
         with Ledger(folder / LEARNED, about) as ledger:
             train, validation = (_answers(ledger, engine, concept, split, sampling, say) for split in _SPLITS)
         return ClassifierJudge.fit(engine, concept, train, validation, embedder=settings.embedder)

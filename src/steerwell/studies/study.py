@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context, parent_process
@@ -35,11 +35,16 @@ AnyConfig = AlignmentConfig | SynthesisConfig
 AnyCell = Cell | SynthesisCell
 Load = Callable[[Model, int], Engine]
 DEFAULT_PRESET = "pilot"
-SHARED = ("models", "concepts", "examples")  # may change between runs in one folder: cells are added, none is lost
+SHARED = ("models", "concepts", "examples")  # may grow between runs in one folder: cells are added, none is lost
 
 
 def load_model(model: Model, batch_size: int) -> Engine:
-    """The engine of one model, in this process."""
+    """The engine of one model, in this process or, vLLM's, in processes of its own; `close` ends it."""
+    if model.engine == "vllm":
+        from steerwell.engines.vllm import VLLMEngine
+
+        shared = model.model_dump(include={"dtype", "trust_remote_code", "chat_options", "tensor_parallel"})
+        return VLLMEngine.load(model.name, **shared, batch_size=batch_size, options=model.engine_args)
     import transformers
 
     from steerwell.engines.hf import HFEngine
@@ -50,8 +55,14 @@ def load_model(model: Model, batch_size: int) -> Engine:
 
 
 @contextmanager
-def on_ray(cluster: Cluster) -> Iterator[Load]:
-    """A `Load` for `Worker`, whose engines are those of the actors of one cluster: units are answered side by side."""
+def on_ray(cluster: Cluster, models: Iterable[Model]) -> Iterator[Load]:
+    """A `Load` for `Worker`, whose engines are those of the actors of one cluster: units are answered side by side.
+
+    Raises:
+        ArgumentError: one of the models wants more GPUs than an actor has.
+    """
+    for model in models:
+        cluster.require_gpus(model.tensor_parallel, repr(model.title))
     with Actors(cluster) as actors:
         yield lambda model, size: actors.engine(f"{size} {model.model_dump_json()}", partial(load_model, model, size))
 
@@ -73,7 +84,7 @@ class Worker:
     load: Load = load_model
 
     def __call__(self, cell: AnyCell) -> str:
-        """Load the model, run the cell, and return its title."""
+        """Load the model, run the cell, close the model, and return the cell's title."""
         if self.threads is not None:
             import torch
 
@@ -82,10 +93,11 @@ class Worker:
         def load(model: Model) -> Engine:
             return self.load(model, cell.config.batch_size)
 
-        if isinstance(cell, SynthesisCell):
-            cell.run(load(cell.model), self.say)
-        else:
-            cell.run(load(cell.model), load, self.say, self.capability)
+        with closing(load(cell.model)) as engine:
+            if isinstance(cell, SynthesisCell):
+                cell.run(engine, self.say)
+            else:
+                cell.run(engine, load, self.say, self.capability)
         return cell.title
 
 
@@ -139,8 +151,14 @@ def run_study(config: AnyConfig, folder: Path, worker: Worker, workers: int = 1)
         workers: cells at work at a time, each in a process of its own.
 
     Raises:
-        ArgumentError: the folder holds a study with other settings.
+        ArgumentError: the folder holds a study with other settings, or several workers would share vLLM's devices.
     """
+    full = [model.title for model in config.models if model.engine == "vllm"]
+    if workers > 1 and full:
+        raise ArgumentError(
+            f"workers: got {workers}, and {full[0]!r} has engine: vllm, which takes every device for itself; use 1, or "
+            "actors with GPUs of their own (--executor ray --gpus-per-actor)"
+        )
     _claim(config, folder)
     cells = cells_of(config, folder)
     if workers == 1:
@@ -194,6 +212,7 @@ def _claim(config: AnyConfig, folder: Path) -> None:
             ["study"]
             if type(known) is not type(config)
             else [name for name in fields if name not in SHARED and getattr(known, name) != getattr(config, name)]
+            + _changed_models(known, config)
         )
         if changed:
             raise ArgumentError(
@@ -201,3 +220,14 @@ def _claim(config: AnyConfig, folder: Path) -> None:
                 "give another folder"
             )
     write_atomic(path, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+
+
+def _changed_models(known: AnyConfig, config: AnyConfig) -> list[str]:
+    """What differs in models that both studies have."""
+    before = {model.title: model.identity for model in known.models}
+    return [
+        f"{name} of model {model.title!r}"
+        for model in config.models
+        for name, value in model.identity.items()
+        if before.get(model.title, model.identity)[name] != value
+    ]

@@ -21,7 +21,7 @@ from steerwell.concepts import Concept
 from steerwell.core.errors import ArgumentError, EngineError, UnknownNameError
 from steerwell.core.policy import save_policy
 from steerwell.core.records import Direction, Edit, Prompt, Response, Sampling, Verdict
-from steerwell.engines.base import Engine
+from steerwell.engines.base import Engine, made_by
 from steerwell.runs.ledger import Ledger, Row, execute
 from steerwell.runs.plan import plan
 from steerwell.scoring.intervals import Bootstrap, Interval
@@ -270,7 +270,6 @@ class _Running:
         return {
             "what": "sweep",
             "concept": sweep.concept.hash,
-            "model": asdict(self.engine.info),
             "configurations": [asdict(item) for item in sweep.configurations],
             "validation": sweep.validation,
             "test": sweep.test,
@@ -281,7 +280,7 @@ class _Running:
             "fitting": asdict(sweep.fitting),
             "judge": self.judge.name,
             "rows_per_unit": self.size,
-        }
+        } | made_by(self.engine)
 
     def _directions(self) -> dict[Reading, Direction]:
         """The directions that the configurations need, from the folder or fitted now on one set of answers."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from steerwell.concepts import Concept
 from steerwell.core.errors import ArgumentError
-from steerwell.engines.base import Engine
+from steerwell.engines.base import Engine, made_by
 from steerwell.runs.ledger import Ledger
 from steerwell.scoring.embeddings import load_embedder
 from steerwell.scoring.judges.base import Judge
@@ -142,12 +142,11 @@ class Synthesis:
         return {
             "what": "data set",
             "concept": self.concept.hash,
-            "model": asdict(engine.info),
             "judge": judge.name if judge else None,
             "writers": writers,
             "texts": self.count,
             "texts per unit": size,
-        }
+        } | made_by(engine)
 
     def _kept(self, examples: Sequence[Example]) -> tuple[list[Example], dict[str, int]]:
         filters, dropped = self.filters, Counter[str]()

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from steerwell.concepts import Concept
     from steerwell.engines.base import Engine
     from steerwell.engines.hf import HFEngine
+    from steerwell.engines.rows import ServingEngine
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -36,6 +37,9 @@ EngineName = Annotated[
     typer.Option("--engine", help="hf: Hugging Face, any model. vllm: the same edits inside vLLM's compiled graph."),
 ]
 TensorParallel = Annotated[int, typer.Option(min=1, help="GPUs that share each layer; --engine vllm only.")]
+EngineArgs = Annotated[
+    str | None, typer.Option(metavar="JSON", help="Further arguments of vLLM's engine; --engine vllm only.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 DEFAULT_MODEL = BUNDLED
 
@@ -49,20 +53,48 @@ def load_either(
     batch_size: int,
     trust: bool,
     tensor_parallel: int,
-) -> Engine:
-    """The engine that a command's options ask for; options that it would ignore are an error."""
+    engine_args: str | None = None,
+    *,
+    max_terms: int = 4,
+    captures: int = 16,
+    traces: int = 0,
+) -> ServingEngine:
+    """The engine that a command's options ask for; options that it would ignore are an error.
+
+    The last three are what vLLM reserves (`Settings`).
+    """
     if engine == "hf":
         if tensor_parallel != 1:
             raise ArgumentError(f"--tensor-parallel: got {tensor_parallel} with --engine hf; use --device-map auto")
+        if engine_args is not None:
+            raise ArgumentError("--engine-args: these are vLLM's; leave them out, or add --engine vllm")
         return load_engine(model, dtype, device_map, gguf_file, batch_size, trust)
     if device_map is not None or gguf_file is not None:
         option = "--device-map" if device_map is not None else "--gguf-file"
         raise ArgumentError(f"{option}: vLLM places and loads models its own way; leave it out with --engine vllm")
     from steerwell.engines.vllm import VLLMEngine
+    from steerwell.engines.vllm.wire import Settings
 
     return VLLMEngine.load(
-        model, dtype=dtype, tensor_parallel=tensor_parallel, trust_remote_code=trust, batch_size=batch_size
+        model,
+        dtype=dtype,
+        tensor_parallel=tensor_parallel,
+        trust_remote_code=trust,
+        batch_size=batch_size,
+        settings=Settings(max_terms=max_terms, captures=captures, traces=traces),
+        options=_engine_args(engine_args),
     )
+
+
+def _engine_args(text: str | None) -> dict[str, Any]:
+    """What `--engine-args` holds."""
+    try:
+        found = json.loads(text or "{}")
+    except ValueError as error:
+        raise ArgumentError(f"--engine-args: got {text!r}, which is no JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise ArgumentError(f"--engine-args: got {text!r}; expected an object, such as '{{\"max_model_len\": 4096}}'")
+    return found
 
 
 def load_engine(

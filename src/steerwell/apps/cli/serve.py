@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -11,20 +12,24 @@ from steerwell.apps.cli.common import (
     DEFAULT_MODEL,
     DeviceMap,
     Dtype,
+    EngineArgs,
+    EngineName,
     GgufFile,
     Model,
+    TensorParallel,
     Trust,
     err,
-    load_engine,
+    load_either,
     tasks,
 )
-from steerwell.core.errors import EngineError, MissingDependencyError
+from steerwell.core.errors import ArgumentError, EngineError, MissingDependencyError
 
 if TYPE_CHECKING:
     from steerwell.apps.server.service import Service
     from steerwell.serving.catalog import Catalog
 
 STEERING, NETWORK, LIMITS = "Steering", "Network", "Limits"
+FITTED, TRACED = 16, 16_384  # vLLM's: requests whose states are read at one time, tokens whose projections are kept
 RequestsMode = Literal["locked", "policies", "open"]
 
 
@@ -74,11 +79,14 @@ def serve(
     root_path: Annotated[str, typer.Option(help="Path that a proxy in front cuts off.", rich_help_panel=NETWORK)] = "",
     threads: Annotated[
         int | None,
-        typer.Option(min=1, help="CPU threads of the model; default: one per core. Fewer where others need cores."),
+        typer.Option(
+            min=1,
+            help="CPU threads of the model; default: one per core. Fewer where others need cores. --engine hf only.",
+        ),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Answers that decode together.", rich_help_panel=LIMITS)] = 64,
     batch_tokens: Annotated[
-        int, typer.Option(min=1, help="Answers x longest; bounds memory.", rich_help_panel=LIMITS)
+        int, typer.Option(min=1, help="Answers x longest; bounds memory. --engine hf only.", rich_help_panel=LIMITS)
     ] = 65_536,
     queue: Annotated[int, typer.Option(min=1, help="Answers that wait; more get 429.", rich_help_panel=LIMITS)] = 256,
     timeout: Annotated[float, typer.Option(help="Seconds per request.", rich_help_panel=LIMITS)] = 120.0,
@@ -91,6 +99,9 @@ def serve(
     device_map: DeviceMap = None,
     gguf_file: GgufFile = None,
     trust_remote_code: Trust = False,
+    engine_name: EngineName = "hf",
+    tensor_parallel: TensorParallel = 1,
+    engine_args: EngineArgs = None,
 ) -> None:
     """Serve a model, steered per request or by a policy, behind OpenAI's API; a playground is at /.
 
@@ -103,9 +114,12 @@ def serve(
         from steerwell.apps.server.service import Service
         from steerwell.serving import keys, logs, monitoring, scheduler
         from steerwell.serving.limits import Limits
+        from steerwell.serving.steering import MAX_TERMS
     except ModuleNotFoundError as error:
         raise MissingDependencyError(error.name or "fastapi", "serve") from error
 
+    if engine_name == "vllm" and threads is not None:
+        raise ArgumentError("--threads: vLLM's processes have their own; set OMP_NUM_THREADS and leave it out")
     limits = Limits(
         batch=batch,
         batch_tokens=batch_tokens,
@@ -120,10 +134,13 @@ def serve(
     name, page = start.served_name(model, served_model_name), start.report_page(report)
     listed = start.registered(direction or [], policy or [], default)
     shows = model == DEFAULT_MODEL and not (direction or policy or default)
-    with run.bound(host, port) as listener:
+    with run.bound(host, port) as listener, ExitStack() as stack:
         if threads is not None:
             torch.set_num_threads(threads)
-        engine = load_engine(model, dtype, device_map, gguf_file, batch, trust_remote_code)
+        options = (engine_name, model, dtype, device_map, gguf_file, batch, trust_remote_code, tensor_parallel)
+        traces = max(TRACED, max_tokens)
+        engine = load_either(*options, engine_args, max_terms=MAX_TERMS, captures=FITTED * shows, traces=traces)
+        stack.callback(engine.close)
         if shows:
             with tasks() as say:
                 listed = start.demo(engine, say, lambda text: err.print(text, markup=False, soft_wrap=True))
@@ -137,7 +154,7 @@ def serve(
             catalog=catalog,
             monitor=monitor,
             log=log,
-            decode=engine.loaded.codec.decode,
+            decode=engine.decode,
             limits=limits,
             keys=clients,
             admins=admins,

@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from steerwell.apps.cli.cluster import Address, Count, Cpus, Executor, Gpus, cluster_of
 from steerwell.apps.cli.common import err, out, tasks
 
 if TYPE_CHECKING:
@@ -27,17 +28,6 @@ Quick = Annotated[bool, typer.Option("--quick", help="The preset 'quick': a look
 Workers = Annotated[
     int, typer.Option(min=1, help="Cells (one model, one concept) at work at a time, each in its own process.")
 ]
-RAY = "With --executor ray"
-Executor = Annotated[
-    Literal["local", "ray"], typer.Option(help="Where models run: in this process, or in the actors of a Ray cluster.")
-]
-Address = Annotated[
-    str | None,
-    typer.Option(help="Of a running cluster, or 'auto'; default: one on this machine.", rich_help_panel=RAY),
-]
-Count = Annotated[int | None, typer.Option(help="Copies of the model; default: as many as fit.", rich_help_panel=RAY)]
-Cpus = Annotated[float, typer.Option(help="CPU cores, and threads, of each.", rich_help_panel=RAY)]
-Gpus = Annotated[float, typer.Option(help="GPUs of each; 0.5 lets two share one.", rich_help_panel=RAY)]
 
 
 @app.command("alignment")
@@ -80,21 +70,6 @@ def synthesis(
     _run("synthesis", output, config, quick, workers, cluster)
 
 
-def cluster_of(executor: str, address: str | None, actors: int | None, cpus: float, gpus: float) -> Cluster | None:
-    """What is asked of Ray, by the options of a command; None: nothing, everything is done here."""
-    from steerwell.core.errors import ArgumentError
-    from steerwell.engines.ray import Cluster
-
-    asked = Cluster(address, actors, cpus, gpus)
-    if executor == "ray":
-        return asked
-    if asked != Cluster():
-        raise ArgumentError(
-            "--address, --actors, --cpus-per-actor, --gpus-per-actor: are about a Ray cluster; add --executor ray"
-        )
-    return None
-
-
 def _run(kind: str, output: Path, config: str | None, quick: bool, workers: int, cluster: Cluster | None) -> None:
     import os
     from contextlib import nullcontext
@@ -109,7 +84,7 @@ def _run(kind: str, output: Path, config: str | None, quick: bool, workers: int,
     cells = cells_of(settings, output)
     out.print(f"{len(cells)} cells: {'; '.join(cell.title for cell in cells)}", markup=False, soft_wrap=True)
     if workers == 1:
-        with nullcontext(load_model) if cluster is None else on_ray(cluster) as load, tasks() as say:
+        with nullcontext(load_model) if cluster is None else on_ray(cluster, settings.models) as load, tasks() as say:
             run_study(settings, output, Worker(say, lm_eval_accuracies, load=load), workers)
     else:
         run_study(settings, output, Worker(say_line, lm_eval_accuracies, threads), workers)
@@ -135,5 +110,5 @@ def lm_eval_accuracies(engine: Engine, edit: Edit | None, tasks: Sequence[str]) 
         raise MissingDependencyError(error.name or "lm_eval", "lm-eval") from error
     if isinstance(engine, RayEngine):
         return engine.run(accuracies, edit, tasks)
-    assert isinstance(engine, HFEngine)  # noqa: S101 - this command loads no other
+    assert isinstance(engine, HFEngine)  # noqa: S101 - AlignmentConfig refuses others
     return accuracies(engine, edit, tasks)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.table import Table
 
+from steerwell.apps.cli.cluster import Address, Count, Cpus, Executor, Gpus, cluster_of, engine_on
 from steerwell.apps.cli.common import (
     DEFAULT_MODEL,
     BatchSize,
     DeviceMap,
     Dtype,
+    EngineArgs,
     EngineName,
     GgufFile,
     Json,
@@ -88,6 +91,12 @@ def sweep(
     trust_remote_code: Trust = False,
     engine_name: EngineName = "hf",
     tensor_parallel: TensorParallel = 1,
+    engine_args: EngineArgs = None,
+    executor: Executor = "local",
+    address: Address = None,
+    actors: Count = None,
+    cpus_per_actor: Cpus = 1,
+    gpus_per_actor: Gpus = 0,
     as_json: Json = False,
 ) -> None:
     """Steer a model under attack in every way of a grid, choose on validation scenarios, report on test scenarios.
@@ -104,25 +113,35 @@ def sweep(
     from steerwell.studies.judging import judge_for
     from steerwell.studies.sweep import VALIDATION, Sweep
 
+    cluster = cluster_of(executor, address, actors, cpus_per_actor, gpus_per_actor)
     asked = {"kind": judge or ("llm" if judge_model else "exact"), "model": judge_model or "", "url": judge_url}
     scoring = read_settings(JudgeSettings, asked | {"mode": judge_mode}, "--judge, --judge-model")
     values = dict(map(_strengths, strengths)) if strengths else PAPER_STRENGTHS
     chosen = load_concept(concept, language or ENGLISH)  # before the model, so that a faulty file costs no time
-    engine = load_either(
-        engine_name, model, dtype, device_map, gguf_file, batch_size, trust_remote_code, tensor_parallel
+    load = partial(
+        load_either,
+        engine_name,
+        model,
+        dtype,
+        device_map,
+        gguf_file,
+        batch_size,
+        trust_remote_code,
+        tensor_parallel,
+        engine_args,
     )
-    chosen = in_models_language(chosen, engine, concept, language)
-    ways = grid(
-        layer or range(engine.info.n_layers),
-        values,
-        position or ("all",),  # type: ignore[arg-type]  # checked by Configuration
-        estimator or ("logistic", "mean_difference"),
-        pool or POOLS,  # type: ignore[arg-type]
-    )
-    drawn = Sampling(max_new_tokens=max_new_tokens)
-    work = Sweep(chosen, tuple(ways), validation or VALIDATION[search], test, threat, search, drawn)
-    learned = replace(PAPER_SAMPLING, max_new_tokens=max_new_tokens)
-    with tasks() as say:
+    with engine_on(cluster, load, tensor_parallel) as engine, tasks() as say:
+        chosen = in_models_language(chosen, engine, concept, language)
+        ways = grid(
+            layer or range(engine.info.n_layers),
+            values,
+            position or ("all",),  # type: ignore[arg-type]  # checked by Configuration
+            estimator or ("logistic", "mean_difference"),
+            pool or POOLS,  # type: ignore[arg-type]
+        )
+        drawn = Sampling(max_new_tokens=max_new_tokens)
+        work = Sweep(chosen, tuple(ways), validation or VALIDATION[search], test, threat, search, drawn)
+        learned = replace(PAPER_SAMPLING, max_new_tokens=max_new_tokens)
         judging = judge_for(scoring, chosen, engine, learned, output, say)
         result = work.run(engine, judging, output, rows_per_unit=batch_size, say=say)
     if (report := getattr(judging, "report", None)) is not None:

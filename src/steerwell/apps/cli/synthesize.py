@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.table import Table
 
+from steerwell.apps.cli.cluster import Address, Count, Cpus, Executor, Gpus, cluster_of, engine_on
 from steerwell.apps.cli.common import (
     DEFAULT_MODEL,
     BatchSize,
     DeviceMap,
     Dtype,
+    EngineArgs,
     EngineName,
     GgufFile,
     Json,
@@ -99,6 +101,12 @@ def synthesize(
     trust_remote_code: Trust = False,
     engine_name: EngineName = "hf",
     tensor_parallel: TensorParallel = 1,
+    engine_args: EngineArgs = None,
+    executor: Executor = "local",
+    address: Address = None,
+    actors: Count = None,
+    cpus_per_actor: Cpus = 1,
+    gpus_per_actor: Gpus = 0,
     as_json: Json = False,
 ) -> None:
     """Have a model write violations of a concept, and benign answers beside them, as a labelled data set.
@@ -107,6 +115,7 @@ def synthesize(
     near-duplicate, and a card says how it was made. An interrupted run continues when the same command is run again.
     """
     from dataclasses import replace
+    from functools import partial
 
     from steerwell.concepts import ENGLISH, load_concept
     from steerwell.core.records import Sampling
@@ -120,6 +129,7 @@ def synthesize(
     if not policy and not prompted:
         raise ArgumentError("--policy, --prompted: got neither; give a policy file (see 'steerwell select'), or both")
     shown = _shown(shots, examples, prompted)
+    cluster = cluster_of(executor, address, actors, cpus_per_actor, gpus_per_actor)
     chosen = load_concept(concept, language or ENGLISH)  # before the model, so that a faulty file costs no time
     scoring = None
     if judge != "none":
@@ -127,19 +137,28 @@ def synthesize(
         scoring = read_settings(JudgeSettings, asked, "--judge, --judge-model")
         min_success = 0.5 if min_success is None else min_success
         min_coherence = 0.5 if min_coherence is None else min_coherence
-    engine = load_either(
-        engine_name, model, dtype, device_map, gguf_file, batch_size, trust_remote_code, tensor_parallel
+    load = partial(
+        load_either,
+        engine_name,
+        model,
+        dtype,
+        device_map,
+        gguf_file,
+        batch_size,
+        trust_remote_code,
+        tensor_parallel,
+        engine_args,
     )
-    chosen = in_models_language(chosen, engine, concept, language)
-    drawn = Sampling(temperature, top_p, max_new_tokens, seed=seed)
-    asked_of = _asked(chosen, prompts)
-    writers = _writers(chosen, asked_of, policy or [], benign, drawn)
-    if prompted:
-        writers += _prompted(chosen, asked_of, benign, drawn, shots, shown)
-    likeness = None if near == 1 else replace(NEAR, threshold=near)
-    filters = Filters(min_success, min_coherence, words, likeness, shares)
-    work = Synthesis(chosen, tuple(writers), count, filters, embedder, licence)
-    with tasks() as say:
+    with engine_on(cluster, load, tensor_parallel) as engine, tasks() as say:
+        chosen = in_models_language(chosen, engine, concept, language)
+        drawn = Sampling(temperature, top_p, max_new_tokens, seed=seed)
+        asked_of = _asked(chosen, prompts)
+        writers = _writers(chosen, asked_of, policy or [], benign, drawn)
+        if prompted:
+            writers += _prompted(chosen, asked_of, benign, drawn, shots, shown)
+        likeness = None if near == 1 else replace(NEAR, threshold=near)
+        filters = Filters(min_success, min_coherence, words, likeness, shares)
+        work = Synthesis(chosen, tuple(writers), count, filters, embedder, licence)
         learned = replace(PAPER_SAMPLING, max_new_tokens=max_new_tokens)
         judging = judge_for(scoring, chosen, engine, learned, output, say) if scoring else None
         made = work.run(engine, judging, output, size=batch_size, say=say)

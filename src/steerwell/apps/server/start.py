@@ -18,7 +18,7 @@ from steerwell.core.artifacts import load_direction, save_direction
 from steerwell.core.errors import ArgumentError, ArtifactError, UnknownNameError
 from steerwell.core.policy import load_policy
 from steerwell.core.records import Direction
-from steerwell.engines.hf import HFEngine
+from steerwell.engines.rows import ServingEngine
 from steerwell.serving.catalog import Catalog, Requests
 from steerwell.serving.keys import Keys
 from steerwell.serving.steering import PolicySpec
@@ -82,7 +82,7 @@ def registered(directions: Sequence[str], policies: Sequence[Path], default: str
     return Registered(found, specs, _default(specs, default))
 
 
-def demo(engine: HFEngine, say: Progress, tell: Callable[[str], None]) -> Registered:
+def demo(engine: ServingEngine, say: Progress, tell: Callable[[str], None]) -> Registered:
     """The bundled concepts, fitted on the bundled model (kept in the user's cache folder), and an honest policy.
 
     Args:
@@ -107,7 +107,7 @@ def cache_folder() -> Path:
 
 
 def catalog_of(
-    engine: HFEngine, served: str, listed: Registered, requests: Requests | None, *, monitor_only: bool
+    engine: ServingEngine, served: str, listed: Registered, requests: Requests | None, *, monitor_only: bool
 ) -> Catalog:
     """The catalog of a server.
 
@@ -214,7 +214,9 @@ def _default(policies: Mapping[str, PolicySpec], default: str | None) -> str | N
     return default
 
 
-def _fitted(engine: HFEngine, concept: Concept, folder: Path, say: Progress, tell: Callable[[str], None]) -> Direction:
+def _fitted(
+    engine: ServingEngine, concept: Concept, folder: Path, say: Progress, tell: Callable[[str], None]
+) -> Direction:
     """A direction from the cache, or fitted now and kept there."""
     place = folder / f"{concept.concept}-{concept.hash[:12]}"
     try:

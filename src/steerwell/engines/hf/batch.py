@@ -8,7 +8,6 @@ seed, by inverting the distribution, so nothing that happens in other rows can r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,56 +15,14 @@ import torch
 from torch import Tensor
 
 from steerwell.core.errors import EngineError, NotFiniteError
-from steerwell.core.records import Edit, FinishReason, Prompt, Receipt, Response, Sampling
-from steerwell.engines.base import Answer, Piece, Token
+from steerwell.engines.base import Token
 from steerwell.engines.hf import cache as caches
 from steerwell.engines.hf.model import LoadedModel
 from steerwell.engines.hf.plan import Plan, Scope
-from steerwell.engines.hf.text import TextStream
+from steerwell.engines.rows import Row
 
 PADDED = 128  # tokens of padding that cost no more than a pass of their own
 SHRINK_BELOW = 0.75  # finished rows leave the batch once fewer than this share of it is alive
-
-
-@dataclass(slots=True, eq=False)
-class Row:
-    """One answer in the making; `tokens` leaves the end token out. See `Asked` for what it tells."""
-
-    prompt: Prompt
-    prompt_ids: list[int]
-    sampling: Sampling
-    edit: Edit | None
-    text: TextStream
-    limit: int
-    logprobs: int | None = None
-    echo: bool = False
-    trace: bool = False
-    tokens: list[int] = field(default_factory=list)
-    finish: FinishReason | None = None
-    ended: bool = False  # by the end token
-    receipt: Receipt | None = None
-    fault: EngineError | None = None
-    settled: bool = False  # its receipt, if there is one, has been made out
-    told: list[Token] = field(default_factory=list)  # tokens not yet taken
-    echoed: tuple[Token, ...] = ()
-    draws: Any = None  # uniform numbers, one per token
-
-    def response(self) -> Response:
-        """The finished answer."""
-        assert self.finish is not None  # noqa: S101 - asked for when the row has finished
-        text = self.text.final(self.tokens)
-        return Response(self.prompt, text, tuple(self.tokens), self.finish, self.sampling, self.receipt)
-
-    def take(self) -> Piece | None:
-        """What is new since the last time; None: nothing that can be shown yet."""
-        text = self.text.fresh(self.tokens, done=self.finish is not None)
-        if self.finish is None and not text:
-            return None
-        told, self.told = tuple(self.told), []
-        answer = None
-        if self.finish is not None:
-            answer = Answer(self.response(), len(self.prompt_ids), len(self.tokens) + self.ended, self.echoed)
-        return Piece(text, told, answer)
 
 
 class Batch:
@@ -75,6 +32,8 @@ class Batch:
         model: the loaded model.
         joins: whether rows will join while others decode; the cache then keeps every column.
     """
+
+    padded, gone = True, False
 
     def __init__(self, model: LoadedModel, *, joins: bool = False) -> None:
         self._model, self.joins = model, joins
@@ -100,6 +59,12 @@ class Batch:
         """Rows not finished."""
         return sum(row.finish is None for row in self.rows)
 
+    def admit(self, rows: Sequence[Row]) -> int:
+        """`join`, in passes of prompts of like length where the cache allows several; one token a row."""
+        for group in alike(rows) if self.joins else [rows]:
+            self.join(group)
+        return len(rows)
+
     def join(self, rows: Sequence[Row]) -> None:
         """Read the prompts of new rows, draw their first tokens, and let them decode with the others."""
         for echo in (False, True):
@@ -107,8 +72,10 @@ class Batch:
             if group:
                 self._merge(self._started(group, echo))
 
-    def step(self) -> None:
-        """Grow every row that has not finished by one token."""
+    def step(self) -> int:
+        """Grow every row that has not finished by one token; how many these are."""
+        self.sweep(SHRINK_BELOW)
+        alive = self.alive
         if self._going is None:
             self._going = torch.tensor([row.finish is None for row in self.rows], device=self._model.device)[:, None]
         with torch.inference_mode():
@@ -118,6 +85,7 @@ class Batch:
             logits, self._cache = self._model.step(ids, mask, places, self._cache, self._plan, scope, prompt=False)
             self._mask, self._places = mask, self._places + 1
             self._grow(logits[:, -1])
+        return alive
 
     def settle(self) -> None:
         """Set the receipts of the rows that have finished since the last time."""
@@ -151,6 +119,10 @@ class Batch:
             else:
                 self._cache.batch_select_indices(index)
         self.rows, self._going = [self.rows[row] for row in kept], None
+
+    def rest(self) -> None:
+        """Let go the finished rows, and what is held for them."""
+        self.sweep()
 
     def drop(self, rows: Sequence[Row]) -> None:
         """End rows that nobody waits for any more; the next sweep lets them go."""
@@ -215,7 +187,7 @@ class Batch:
                 )
                 row.finish = "stop"
             else:
-                _append(row, token, self._model.end_ids)
+                row.append(token, self._model.end_ids)
             if row.finish is not None:
                 self._going = None
 
@@ -246,7 +218,6 @@ def decode(model: LoadedModel, rows: Sequence[Row]) -> Any:
     batch.join(listed)
     yield
     while batch.alive:
-        batch.sweep(SHRINK_BELOW)
         batch.step()
         yield
     batch.settle()
@@ -304,17 +275,6 @@ def left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -
         ids[index, width - len(row) :] = torch.tensor(row)
         real[index, width - len(row) :] = True
     return ids.to(device), real.to(device)
-
-
-def _append(row: Row, token: int, end_ids: frozenset[int]) -> None:
-    if token in end_ids:
-        row.finish, row.ended = "stop", True
-        return
-    row.tokens.append(token)
-    if row.text.stopped(row.tokens):
-        row.finish = "stop"
-    elif len(row.tokens) >= row.limit:
-        row.finish = "length"
 
 
 def _scored(

@@ -23,10 +23,11 @@ from steerwell.engines.base import (
     row_prompts,
     row_samplings,
 )
-from steerwell.engines.hf.batch import Batch, Row, decode
+from steerwell.engines.hf.batch import Batch, decode
 from steerwell.engines.hf.model import LoadedModel, load
 from steerwell.engines.hf.plan import Plan, Scope
-from steerwell.engines.hf.text import TextStream
+from steerwell.engines.rows import Row
+from steerwell.engines.text import TextStream
 from steerwell.testbed.bundled import BUNDLED
 
 GREEDY = Sampling()
@@ -94,6 +95,9 @@ class HFEngine:
     def loaded(self) -> LoadedModel:
         """The loaded model itself, for what has to know its tokenizer or its limits."""
         return self._model
+
+    def close(self) -> None:
+        """Nothing to end: everything runs in this process."""
 
     def generate(
         self,
@@ -185,6 +189,10 @@ class HFEngine:
     def tokenise(self, text: str) -> tuple[int, ...]:
         """Token ids of an answer's text, without special tokens."""
         return self._model.codec.tokens(text)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, special ones left out."""
+        return self._model.codec.decode(tokens)
 
     def pieces(self, tokens: Sequence[int]) -> list[str]:
         """The text that each token of an answer adds; a character of several tokens comes with its last one."""

@@ -19,7 +19,7 @@ from steerwell.core.records import Prompt, Vectors
 from steerwell.engines.hf.blocks import decoder_blocks, hidden_of, model_info
 from steerwell.engines.hf.cache import joinable, slides
 from steerwell.engines.hf.plan import Plan, Scope
-from steerwell.engines.hf.text import TextCodec
+from steerwell.engines.text import TextCodec
 from steerwell.testbed.bundled import MODELS, bundled_path
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -70,10 +70,7 @@ class LoadedModel:
         Raises:
             ArgumentError: it holds no token, or one that the model does not have.
         """
-        ids = self.codec.encode(prompt)
-        if prompt.tokens is not None and not (min(ids) >= 0 and max(ids) < self.vocabulary):
-            raise ArgumentError(f"prompt: holds token ids outside 0 to {self.vocabulary - 1}")
-        return ids
+        return self.codec.encode_known(prompt, self.vocabulary)
 
     def step(
         self,

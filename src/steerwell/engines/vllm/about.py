@@ -25,15 +25,21 @@ def embedding_sample(model: nn.Module, vocabulary: int) -> dict[int, list[float]
         return {}
     shard: Any = getattr(named, "shard_indices", None)
     first, end = (shard.org_vocab_start_index, shard.org_vocab_end_index) if shard else (0, vocabulary)
-    rows = torch.linspace(0, min(vocabulary, SIGNATURE_ROWS) - 1, SAMPLE).long().tolist()
+    rows = _sampled(vocabulary)
     columns = torch.linspace(0, weight.shape[1] - 1, SAMPLE).long().to(weight.device)
     return {row: weight.detach()[row - first, columns].float().tolist() for row in rows if first <= row < end}
 
 
-def signature(samples: Iterable[Mapping[int, list[float]]]) -> tuple[float, ...]:
+def _sampled(vocabulary: int) -> list[int]:
+    """Rows of the sample."""
+    rows: list[int] = torch.linspace(0, min(vocabulary, SIGNATURE_ROWS) - 1, SAMPLE).long().tolist()
+    return rows
+
+
+def signature(samples: Iterable[Mapping[int, list[float]]], vocabulary: int) -> tuple[float, ...]:
     """The sample centred and scaled, as `ModelInfo.signature` wants it; empty unless every row is there."""
     rows = {int(row): values for sample in samples for row, values in sample.items()}
-    if not rows:
+    if set(rows) != set(_sampled(vocabulary)):
         return ()
     values = np.array([rows[row] for row in sorted(rows)], np.float32)
     values = values - values.mean()
@@ -51,6 +57,11 @@ def model_info(config: Any, name: str, samples: Iterable[Mapping[int, list[float
         config_hash=hashlib.sha256(json.dumps(shape, sort_keys=True).encode()).hexdigest()[:16],
         d_model=int(text.hidden_size),
         n_layers=int(text.num_hidden_layers),
-        signature=signature(samples),
+        signature=signature(samples, int(text.vocab_size)),
         language=str(getattr(config, "steerwell_language", "english")),
     )
+
+
+def info_of(config: Any, samples: Iterable[Mapping[int, list[float]]] = ()) -> ModelInfo:
+    """The same from a vLLM configuration."""
+    return model_info(config.model_config.hf_config, str(config.model_config.model), samples)

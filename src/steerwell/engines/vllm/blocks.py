@@ -21,13 +21,13 @@ PAIR = re.compile(r"return \(?hidden_states, residual\b")
 class Point(nn.Module):
     """Calls the ops behind one decoder block. Its buffers are the shared ones, so they are inputs of the graph."""
 
-    def __init__(self, buffers: Buffers, index: int, reads: bool) -> None:
+    def __init__(self, buffers: Buffers, index: int, reads: bool, traces: bool) -> None:
         super().__init__()
         for item in fields(buffers):
             self.register_buffer(item.name, getattr(buffers, item.name), persistent=False)
         # A tensor, not a number: the graphs of all blocks are the same and are compiled once.
         self.register_buffer("layer", torch.tensor(index, device=buffers.tokens.device), persistent=False)
-        self.reads = reads
+        self.reads, self.traces = reads, traces
 
     def forward(self, hidden: Tensor, residual: Tensor | None) -> None:
         """Steer `hidden` [T, d_model] in place; then read the states that steering left."""
@@ -41,6 +41,7 @@ class Point(nn.Module):
             self.numbers,
             self.table,
             self.sums,
+            self.traced if self.traces else None,
         )
         if self.reads:
             torch.ops.steerwell.read(hidden, residual, self.layer, self.tokens, self.captured)
@@ -72,7 +73,7 @@ def own_layers(blocks: nn.ModuleList) -> list[int]:
     return [layer for layer, block in enumerate(blocks) if type(block).__name__ != "PPMissingLayer"]
 
 
-def attach(blocks: nn.ModuleList, layers: Sequence[int], buffers: Buffers, reads: bool) -> None:
+def attach(blocks: nn.ModuleList, layers: Sequence[int], buffers: Buffers, reads: bool, traces: bool = False) -> None:
     """Put the ops behind the blocks that this process runs; to be called before anything is compiled.
 
     Raises:
@@ -81,7 +82,7 @@ def attach(blocks: nn.ModuleList, layers: Sequence[int], buffers: Buffers, reads
     for index, layer in enumerate(layers):
         block = blocks[layer]
         _check_convention(block)
-        block.add_module("steerwell", Point(buffers, index, reads))
+        block.add_module("steerwell", Point(buffers, index, reads, traces))
         block.register_forward_hook(_after)
 
 

@@ -7,7 +7,7 @@ Sampled answers are drawn by vLLM: a row's own seed fixes them, but they are oth
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any, Self
 
 import numpy as np
@@ -26,6 +26,7 @@ from steerwell.core.records import (
     Vectors,
 )
 from steerwell.engines.base import (
+    Asked,
     Chunk,
     Edits,
     Samplings,
@@ -35,10 +36,13 @@ from steerwell.engines.base import (
     row_prompts,
     row_samplings,
 )
-from steerwell.engines.hf.text import TextCodec, TextStream
+from steerwell.engines.rows import Row
+from steerwell.engines.text import TextCodec, TextStream
 from steerwell.engines.vllm.about import model_info
+from steerwell.engines.vllm.batch import Batch, kept
 from steerwell.engines.vllm.client import Client, Job
-from steerwell.engines.vllm.wire import KEY, Settings
+from steerwell.engines.vllm.options import checked_options, end_ids, saved_dtype
+from steerwell.engines.vllm.wire import AMPLE, KEY, Settings
 from steerwell.testbed.bundled import BUNDLED, MODELS, bundled_path
 
 GREEDY = Sampling()
@@ -84,7 +88,7 @@ class VLLMEngine:
         compiled: bool = True,
         prefix_caching: bool = True,
         reuse_steered: bool = False,
-        settings: Settings = Settings(captures=16),  # noqa: B008 - frozen
+        settings: Settings = AMPLE,
         options: Mapping[str, Any] | None = None,
     ) -> Self:
         """Start vLLM on a model, with steering on.
@@ -99,15 +103,18 @@ class VLLMEngine:
             chat_options: variables for the chat template.
             max_length: longest prompt and answer together; default: the model's.
             batch_size: most requests in one step.
-            compiled: compile the model, and on CUDA record graphs; False: run it line by line.
+            compiled: compile the model, and on CUDA record graphs; False, or `enforce_eager` in options: run it line by
+                line.
             prefix_caching: keep keys and values of prompts; those of steered tokens are kept by their steering.
             reuse_steered: take keys and values of steered prompts from there. Tokens that come from the cache do not
                 run again, so a receipt leaves them out; by default they run again and receipts are whole.
             settings: what is reserved for steering.
-            options: further arguments of vLLM's `EngineArgs`.
+            options: further arguments of vLLM's `EngineArgs`; not those that are arguments here, or that would void
+                receipts.
 
         Raises:
             MissingDependencyError: vLLM is not installed.
+            ArgumentError: an option that vLLM does not have or that cannot be given here.
             EngineError: vLLM does not start, or it cannot be steered.
         """
         try:
@@ -117,6 +124,10 @@ class VLLMEngine:
             from vllm import EngineArgs  # type: ignore[import-not-found,unused-ignore]
         except ModuleNotFoundError as error:
             raise MissingDependencyError(error.name or "vllm", "vllm") from error
+        more = checked_options(options or {}, {item.name for item in fields(EngineArgs)})
+        if settings.policy is not None:
+            raise ArgumentError("settings: a policy is for vLLM's own server; here every request brings its own edit")
+        more["enforce_eager"] = bool(more.get("enforce_eager")) or not compiled
         place = str(bundled_path(name)) if name in MODELS else name
         shared: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         arguments = {
@@ -125,11 +136,11 @@ class VLLMEngine:
             "pipeline_parallel_size": pipeline_parallel,
             "max_model_len": max_length,
             "max_num_seqs": batch_size,
-            "enforce_eager": not compiled,
             "enable_prefix_caching": prefix_caching,
             "generation_config": "vllm",  # sampling is what the caller says, not what the model's folder says
             "async_scheduling": False,  # else a token may run, and count, after the one that ended the answer
             "enable_chunked_prefill": False if current_platform.is_cpu() else None,  # see `_draws`
+            "max_logprobs": -1,  # as many as a caller asks for
             "disable_log_stats": True,
             "seed": 0,
             "additional_config": {KEY: asdict(settings)},
@@ -137,13 +148,13 @@ class VLLMEngine:
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(place, **shared)
             config = transformers.AutoConfig.from_pretrained(place, **shared)
-            arguments["dtype"] = _saved_dtype(config) if dtype == "auto" else dtype
-            end_ids = _end_ids(place, config, tokenizer, revision)
-            core = LLMEngine.from_engine_args(EngineArgs(**arguments | shared | dict(options or {})))
+            arguments["dtype"] = saved_dtype(config) if dtype == "auto" else dtype
+            ends = end_ids(place, config, tokenizer, revision)
+            core = LLMEngine.from_engine_args(EngineArgs(**arguments | shared | more))
         except (OSError, ValueError, RuntimeError, NotImplementedError) as error:
             lines = [line for line in str(error).splitlines() if line.strip()]
             raise EngineError(f"vLLM cannot start {name!r}: {lines[0] if lines else type(error).__name__}") from error
-        return cls(core, TextCodec(tokenizer, chat_options or {}), end_ids, name, settings, reuse_steered)
+        return cls(core, TextCodec(tokenizer, chat_options or {}), ends, name, settings, reuse_steered)
 
     @property
     def info(self) -> ModelInfo:
@@ -172,9 +183,27 @@ class VLLMEngine:
 
     def stream(self, prompt: Prompt, sampling: Sampling = GREEDY, edit: Edit | None = None) -> Iterator[Chunk]:
         """Answer one prompt piece by piece; the last chunk carries the response. Arguments are checked at once."""
-        rows, drawn, jobs = self._jobs([prompt], sampling, edit)
-        jobs[0].wants["output_kind"] = "CUMULATIVE"
-        return self._chunks(rows[0], drawn[0], jobs[0])
+        (how,) = row_samplings(sampling, 1)
+        return self._chunks(self.row(Asked(prompt, how, edit)))
+
+    def batch(self) -> Batch:
+        """An empty batch for rows of `row`."""
+        return Batch(self._client, self._codec, self._end_ids, self._draws)
+
+    def row(self, asked: Asked) -> Row:
+        """What a batch needs to answer one request; see `HFEngine.row`.
+
+        Raises:
+            ArgumentError: what `HFEngine.row` refuses, and an edit or a trace that there is no room for (`Settings`).
+        """
+        (prompt,), (edit,) = row_prompts([asked.prompt]), row_edits([asked.edit], 1, self.info)
+        ids = self._encode(prompt)
+        self._draws(asked.sampling)
+        limit = min(asked.sampling.max_new_tokens, self._room(ids))
+        text = TextStream(self._codec, asked.sampling.stop)
+        row = Row(prompt, ids, asked.sampling, edit, text, limit, asked.logprobs, asked.echo, asked.trace)
+        self._client.check(edit, **kept(row))
+        return row
 
     def capture(
         self,
@@ -210,19 +239,36 @@ class VLLMEngine:
     def score(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[int]], edits: Edits = None) -> list[Score]:
         """Log-probabilities (nats), top-two margins and greediness of given tokens; see `HFEngine.score`.
 
-        Scores carry no traces: `traces` is empty. Prompt and response must leave one token of the context free.
+        Scores carry no traces where `settings.traces` is 0. Prompt and response must leave one token of the context
+        free.
+
+        Raises:
+            ArgumentError: what `HFEngine.score` refuses, and a steered response of more tokens than `settings.traces`.
         """
         jobs = self._forced(prompts, responses, edits)
         for job in jobs:
             job.wants["prompt_logprobs"] = 2
             if job.edit is not None:
                 job.steering["end"] = len(job.ids) - 1  # the last token yields none of the response's
-        self._client.run(jobs)
+                if self._settings.traces:
+                    job.steering["trace"] = (job.steering["start"], job.steering["end"])
+
+        def fetch(finished: Sequence[Job]) -> None:
+            traced = [job for job in finished if job.traced]
+            for job, traces in zip(traced, self._client.traces(traced), strict=True):
+                job.traces = traces
+            self._client.receipts(finished)
+
+        self._client.run(jobs, None, fetch)
         return [_score(job, len(tokens)) for job, tokens in zip(jobs, responses, strict=True)]
 
     def tokenise(self, text: str) -> tuple[int, ...]:
         """Token ids of an answer's text, without special tokens."""
         return self._codec.tokens(text)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, special ones left out."""
+        return self._codec.decode(tokens)
 
     def pieces(self, tokens: Sequence[int]) -> list[str]:
         """The text that each token of an answer adds; a character of several tokens comes with its last one."""
@@ -237,7 +283,7 @@ class VLLMEngine:
         drawn, steered = row_samplings(sampling, len(rows)), row_edits(edits, len(rows), self.info)
         jobs = []
         for prompt, how, edit in zip(rows, drawn, steered, strict=True):
-            ids = self._codec.encode(prompt)
+            ids = self._encode(prompt)
             wants = self._draws(how) | {
                 "max_tokens": min(how.max_new_tokens, self._room(ids)),
                 "stop": list(how.stop),
@@ -251,17 +297,20 @@ class VLLMEngine:
         """How vLLM draws a row's tokens.
 
         Raises:
-            ArgumentError: seeds under chunked prefill on the CPU, under which vLLM 0.32 ends with an error of its own.
+            ArgumentError: a temperature that vLLM does not take; seeds under chunked prefill on the CPU, under which
+                vLLM 0.32 ends with an error of its own.
         """
         if how.temperature == 0:
             return {"temperature": 0.0}
+        if not 0.01 <= how.temperature <= 2:
+            raise ArgumentError(f"temperature: got {how.temperature:g}; vLLM takes 0 (greedy), or 0.01 to 2")
         config = self._client.core.vllm_config
         if config.device_config.device_type == "cpu" and config.scheduler_config.enable_chunked_prefill:
             raise ArgumentError(
                 "temperature: vLLM's CPU build cannot draw with seeds under chunked prefill; load without "
                 "'enable_chunked_prefill' in options, or sample greedily"
             )
-        return {"temperature": how.temperature, "top_p": how.top_p, "seed": how.seed}
+        return {"temperature": how.temperature, "top_p": how.top_p, "seed": how.seed % 2**63}
 
     def _forced(self, prompts: Sequence[Prompt], responses: Sequence[Sequence[int]], edits: Edits) -> list[Job]:
         """One request per row whose prompt is prompt and response together."""
@@ -269,13 +318,17 @@ class VLLMEngine:
         check_responses(responses, len(rows), self.vocabulary)
         jobs = []
         for prompt, tokens, edit in zip(rows, responses, row_edits(edits, len(rows), self.info), strict=True):
-            start = self._codec.encode(prompt)
+            start = self._encode(prompt)
             job = Job([*start, *tokens], {"max_tokens": 1, "temperature": 0.0, "detokenize": False}, edit)
             if edit is not None:
                 job.steering["start"] = len(start) - 1
             self._room(job.ids)
             jobs.append(job)
         return jobs
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt; vLLM's processes would end at one that the model does not have."""
+        return self._codec.encode_known(prompt, self.vocabulary)
 
     def _room(self, ids: Sequence[int]) -> int:
         """How many tokens may follow.
@@ -289,31 +342,33 @@ class VLLMEngine:
             )
         return self.max_length - len(ids)
 
-    def _chunks(self, prompt: Prompt, how: Sampling, job: Job) -> Iterator[Chunk]:
-        stream = TextStream(self._codec, how.stop)
-        self._client.register([job])
-        while not self._client.fits(job):
-            self._client.wait({})
-        flying = {self._client.send(job): job}
+    def _chunks(self, row: Row) -> Iterator[Chunk]:
+        batch = self.batch()
+        batch.admit([row])
         try:
-            while job.output is None:
-                for output in self._client.wait(flying):
-                    tokens, _ = self._answer(output)
-                    piece = stream.fresh(tokens, done=output.finished)
-                    if output.finished:
-                        self._client.landed(flying.popitem()[1])
-                        job.output = output
-                    if piece:
-                        yield Chunk(piece)
+            while row.finish is None:
+                batch.step()
+                if row.finish is None and (text := row.text.fresh(row.tokens, done=False)):
+                    yield Chunk(text)
         finally:
-            self._client.abort(flying)
-        if job.edit is not None:
-            self._client.receipts([job])
-        yield Chunk("", self._response(prompt, how, job))
+            if row.finish is None:  # nobody listens any more
+                batch.drop([row])
+        batch.settle()
+        if row.fault is not None:
+            raise row.fault
+        if text := row.text.fresh(row.tokens, done=True):
+            yield Chunk(text)
+        yield Chunk("", row.response())
 
     def _answer(self, output: Any) -> tuple[list[int], FinishReason]:
-        """Generated tokens without the end token, and why there are no more."""
+        """Generated tokens without the end token, and why there are no more.
+
+        Raises:
+            EngineError: vLLM ended the answer before its end.
+        """
         got = output.outputs[0]
+        if got.finish_reason not in ("stop", "length"):
+            raise EngineError(f"vLLM ended this answer early ({got.finish_reason}); ask again")
         tokens = list(got.token_ids)
         if tokens and tokens[-1] in self._end_ids:
             tokens.pop()
@@ -325,22 +380,6 @@ class VLLMEngine:
         return Response(prompt, text, tuple(tokens), reason, how, job.receipt)
 
 
-def _saved_dtype(config: Any) -> str:
-    """The type that the weights were saved in; vLLM's own `auto` would halve float32."""
-    found = getattr(config.get_text_config(decoder=True), "dtype", None) or getattr(config, "dtype", None)
-    return "auto" if found is None else str(found).removeprefix("torch.")
-
-
-def _end_ids(place: str, config: Any, tokenizer: Any, revision: str | None) -> frozenset[int]:
-    """Tokens that end an answer: the generation config's and the tokenizer's, as in the Hugging Face engine."""
-    try:
-        listed = transformers.GenerationConfig.from_pretrained(place, revision=revision or "main").eos_token_id
-    except OSError:
-        listed = getattr(config, "eos_token_id", None)
-    several = listed if isinstance(listed, (list, tuple)) else [listed]
-    return frozenset(int(token) for token in (*several, tokenizer.eos_token_id) if token is not None)
-
-
 def _score(job: Job, length: int) -> Score:
     """Log-probabilities of the last `length` tokens of a prompt."""
     tokens, rows = job.ids[-length:], job.output.prompt_logprobs[-length:]
@@ -350,4 +389,5 @@ def _score(job: Job, length: int) -> Score:
         top[:, 0] - top[:, 1],
         np.array([row[token].rank == 1 for token, row in zip(tokens, rows, strict=True)], bool),
         job.receipt,
+        job.traces,
     )

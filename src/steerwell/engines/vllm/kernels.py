@@ -17,9 +17,9 @@ from torch import Tensor
 
 @triton.jit
 def _steer(
-    hidden, residual, layer, tokens, live, ids, numbers, table, sums,
-    hidden_stride, residual_stride, tokens_stride, rows, slots, width,
-    has_residual: tl.constexpr, terms: tl.constexpr, power: tl.constexpr, block: tl.constexpr,
+    hidden, residual, layer, tokens, live, ids, numbers, table, sums, traced,
+    hidden_stride, residual_stride, tokens_stride, rows, slots, places, width,
+    has_residual: tl.constexpr, traces: tl.constexpr, terms: tl.constexpr, power: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     at = tl.load(layer)
@@ -30,6 +30,7 @@ def _steer(
         chosen = tl.load(ids + (base + lanes) * 2, mask=lanes < terms, other=-1)
         if tl.max(chosen, 0) >= 0:
             slot = tl.load(tokens + tokens_stride + token).to(tl.int64)
+            told = tl.load(tokens + 3 * tokens_stride + token).to(tl.int64) if traces else 0
             columns = tl.arange(0, block)
             inside = columns < width
             own = tl.load(hidden + token * hidden_stride + columns, mask=inside, other=0.0).to(tl.float32)
@@ -59,6 +60,10 @@ def _steer(
                         tl.atomic_add(place + 3, moved)
                         tl.atomic_add(place + 4, tl.abs(moved))
                         tl.atomic_min(place + 5, tl.abs(gating - gate))
+                    if traces:
+                        place = traced + ((at * places + told) * terms + term) * 2
+                        tl.store(place, fired.to(tl.float32), mask=told > 0)
+                        tl.store(place + 1, projection, mask=told > 0)
             tl.store(hidden + token * hidden_stride + columns, own.to(hidden.dtype.element_ty), mask=inside)
 
 
@@ -89,16 +94,18 @@ def steer(
     numbers: Tensor,
     table: Tensor,
     sums: Tensor,
+    traced: Tensor | None = None,
 ) -> None:
     """As `ops.steer`."""
     other: Any = hidden if residual is None else residual
+    told: Any = sums if traced is None else traced
     width, block = hidden.shape[1], triton.next_power_of_2(hidden.shape[1])
     terms = ids.shape[2]
     _steer[(hidden.shape[0],)](
-        hidden, other, layer, tokens, live, ids, numbers, table, sums,
-        hidden.stride(0), other.stride(0), tokens.stride(0), ids.shape[1], sums.shape[1], width,
-        has_residual=residual is not None, terms=terms, power=triton.next_power_of_2(terms), block=block,
-        num_warps=min(max(block // 512, 1), 16),
+        hidden, other, layer, tokens, live, ids, numbers, table, sums, told,
+        hidden.stride(0), other.stride(0), tokens.stride(0), ids.shape[1], sums.shape[1], told.shape[1], width,
+        has_residual=residual is not None, traces=traced is not None, terms=terms,
+        power=triton.next_power_of_2(terms), block=block, num_warps=min(max(block // 512, 1), 16),
     )  # fmt: skip
 
 

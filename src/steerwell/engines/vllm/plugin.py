@@ -2,7 +2,8 @@
 
 Nothing changes unless steering is asked for, with `additional_config={"steerwell": {}}` (`wire.Settings`); then
 
-- the front end checks every request's steering, and refuses what it cannot do (`InputProcessor.process_inputs`);
+- the front end checks every request's steering, and refuses what it cannot do (`front`);
+- the engine core puts every request under the server's policy, if it has one (`policy`);
 - the scheduler keys cached blocks of keys and values by the steering under which they came to be;
 - each worker puts the ops behind its decoder blocks when the model is loaded, before anything is compiled, salts the
   key of the compile cache, fills the buffers at every step, and proves at start-up that the ops are live.
@@ -21,11 +22,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from steerwell.core.errors import ArgumentError, EngineError
-from steerwell.engines.vllm.wire import KEY, Settings, decode, parse
-
-MARK = "_steerwell"  # on functions that are ours already
-REGISTERED: set[str] = set()  # in a front end: names of vectors that it has registered with its workers
+from steerwell.core.errors import EngineError
+from steerwell.engines.vllm import front, policy
+from steerwell.engines.vllm.front import replace
+from steerwell.engines.vllm.wire import KEY, Settings, parse
 
 
 def register() -> None:
@@ -45,76 +45,53 @@ def register() -> None:
 
 def _register() -> None:
     from vllm.v1.core import kv_cache_utils  # type: ignore[import-not-found,unused-ignore]
+    from vllm.v1.engine.core import EngineCore  # type: ignore[import-not-found,unused-ignore]
     from vllm.v1.engine.input_processor import InputProcessor  # type: ignore[import-not-found,unused-ignore]
     from vllm.v1.worker.worker_base import WorkerBase  # type: ignore[import-not-found,unused-ignore]
 
     name = "generate_block_hash_extra_keys"
     original = getattr(kv_cache_utils, name)
-    _replace(kv_cache_utils, name, _keyed)
+    replace(kv_cache_utils, name, _keyed)
     for module in [module for path, module in sys.modules.items() if path.startswith("vllm.v1.")]:
         if getattr(module, name, None) is original:  # imported by name
             setattr(module, name, getattr(kv_cache_utils, name))
-    _replace(InputProcessor, "process_inputs", _checked)
-    _replace(WorkerBase, "__init__", _steered_worker)
+    replace(InputProcessor, "__init__", front.started)
+    replace(InputProcessor, "process_inputs", front.checked)
+    replace(InputProcessor, "resolve_watermarking", front.no_wrong_beams)
+    replace(EngineCore, "__init__", _with_steered_workers)
+    replace(EngineCore, "preprocess_add_request", _under_policy)
+    replace(WorkerBase, "__init__", _steered_worker)
 
 
-def _replace(owner: Any, name: str, wrap: Callable[[Any], Any]) -> None:
-    """Put `wrap(original)` in place of a function, once."""
-    original = getattr(owner, name)
-    if not hasattr(original, MARK):
-        wrapped = functools.wraps(original)(wrap(original))
-        setattr(wrapped, MARK, True)
-        setattr(owner, name, wrapped)
+# --- engine core -------------------------------------------------------------------------------------------------
 
 
-# --- front end ---------------------------------------------------------------------------------------------------
+def _with_steered_workers(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Workers without the plugin, on another machine say, would leave out what requests ask for: nothing starts."""
 
-
-def _checked(original: Callable[..., Any]) -> Callable[..., Any]:
-    def process_inputs(self: Any, request_id: str, prompt: Any, params: Any, *rest: Any, **named: Any) -> Any:
-        extra = getattr(params, "extra_args", None) or {}
-        if KEY not in extra:
-            return original(self, request_id, prompt, params, *rest, **named)
+    def __init__(self: Any, config: Any, *arguments: Any, **named: Any) -> None:  # noqa: N807 - it takes that one's place
+        original(self, config, *arguments, **named)
+        if Settings.of(config.additional_config) is None:
+            return
         try:
-            check_request(self.vllm_config, params, resumable=bool(named.get("resumable")))
-        except ArgumentError as error:
-            raise _refusal(str(error)) from error
-        return original(self, request_id, prompt, params, *rest, **named)
+            self.collective_rpc("steerwell_register", args=({},))
+        except Exception as error:
+            raise EngineError(
+                "a worker does not steer; install steerwell in the environment of every worker, and see that "
+                f"VLLM_PLUGINS does not shut it out ({error})"
+            ) from error
 
-    return process_inputs
-
-
-def _refusal(message: str) -> ArgumentError:
-    """The error as vLLM's server knows it, too: it answers with status 400 and this message."""
-    from vllm.exceptions import VLLMValidationError  # type: ignore[import-not-found,unused-ignore]
-
-    class RefusedError(ArgumentError, VLLMValidationError):  # type: ignore[misc,unused-ignore]
-        parameter, value = KEY, None
-
-        def __str__(self) -> str:
-            return message
-
-    return RefusedError(message)
+    return __init__
 
 
-def check_request(config: Any, params: Any, *, resumable: bool = False) -> None:
-    """Refuse a request that cannot be steered as it asks.
+def _under_policy(original: Callable[..., Any]) -> Callable[..., Any]:
+    def preprocess_add_request(self: Any, request: Any) -> Any:
+        settings = Settings.of(self.vllm_config.additional_config)
+        if settings is not None and settings.policy is not None:
+            policy.impose(settings, request)
+        return original(self, request)
 
-    Raises:
-        ArgumentError: why not.
-    """
-    settings = Settings.of(config.additional_config)
-    if settings is None:
-        raise ArgumentError(f"this server was started without steering; give it additional_config={{'{KEY}': {{}}}}")
-    text = config.model_config.hf_text_config
-    value = params.extra_args[KEY]
-    request = decode(value, int(text.hidden_size), int(text.num_hidden_layers), settings, REGISTERED)
-    if params.n != 1:
-        raise ArgumentError(f"n: got {params.n}; a steered request gives one answer, so send several requests")
-    if resumable:
-        raise ArgumentError("a request that is sent piece by piece cannot be steered")
-    if request.read:
-        params.skip_reading_prefix_cache = True  # every token has to run
+    return preprocess_add_request
 
 
 # --- scheduler ---------------------------------------------------------------------------------------------------
@@ -193,7 +170,14 @@ def prepare_worker(worker: Any, settings: Settings) -> None:
         return result
 
     worker.load_model = load_model
-    for method in (steerwell_about, steerwell_register, steerwell_forget, steerwell_receipts, steerwell_states):
+    for method in (
+        steerwell_about,
+        steerwell_register,
+        steerwell_forget,
+        steerwell_receipts,
+        steerwell_states,
+        steerwell_traces,
+    ):
         setattr(worker, method.__name__, functools.partial(method, worker))
 
 
@@ -207,6 +191,7 @@ def code_hash() -> str:
 
 def install(worker: Any, settings: Settings) -> None:
     """Put the ops behind the blocks of a worker's model, and follow its steps."""
+    from steerwell.engines.vllm.about import info_of
     from steerwell.engines.vllm.blocks import attach, decoder_blocks, own_layers
     from steerwell.engines.vllm.state import Steering
 
@@ -224,8 +209,10 @@ def install(worker: Any, settings: Settings) -> None:
         tokens=max(config.scheduler_config.max_num_batched_tokens, largest),
         device=worker.device,
     )
-    attach(blocks, steering.layers, steering.buffers, reads=settings.captures > 0)
-    worker.steerwell = steering
+    if settings.policy is not None:
+        steering.register(policy.vectors_for(settings, info_of(config, _embeddings(worker))))
+    attach(blocks, steering.layers, steering.buffers, reads=settings.captures > 0, traces=settings.traces > 0)
+    worker.steerwell, steering.cleanse = steering, functools.partial(_cleanse, runner)
     _follow(runner, steering)
     warm_up = worker.compile_or_warm_up_model
 
@@ -239,11 +226,27 @@ def install(worker: Any, settings: Settings) -> None:
     worker.compile_or_warm_up_model = compile_or_warm_up_model
 
 
+def _cleanse(runner: Any) -> None:
+    """Take what is not finite out of the keys and values.
+
+    vLLM's attention on the CPU multiplies what another request has left in a block by nought: NaN stays NaN, and
+    whoever gets the block next would be answered with nonsense. Attention on CUDA should skip it; there it is a
+    precaution.
+    """
+    import torch
+
+    for cache in runner.kv_caches:
+        if isinstance(cache, torch.Tensor) and cache.dtype in (torch.float32, torch.bfloat16, torch.float16):
+            torch.nan_to_num_(cache, 0.0, 0.0, 0.0)
+
+
 def _follow(runner: Any, steering: Any) -> None:
     """Wrap a model runner's steps: V1 (`_prepare_inputs`) or V2 (`prepare_inputs`)."""
     second = not hasattr(runner, "_prepare_inputs")
     prepare_name = "prepare_inputs" if second else "_prepare_inputs"
+    sample_name = "sample" if second else "_sample"
     execute, prepare, dummy = runner.execute_model, getattr(runner, prepare_name), runner._dummy_run
+    draw = getattr(runner, sample_name)
 
     def execute_model(output: Any, *arguments: Any, **named: Any) -> Any:
         if not named.get("dummy_run"):
@@ -258,22 +261,45 @@ def _follow(runner: Any, steering: Any) -> None:
         steering.fill(runner.input_batch.req_ids, output.num_scheduled_tokens)
         return prepare(output, *arguments, **named)
 
+    def sample(outputs: Any, batch: Any, *arguments: Any, **named: Any) -> Any:
+        """From logits (V1; none on a rank that does not draw), or from the states of all tokens (V2)."""
+        if outputs is not None:
+            steering.judge(outputs[batch.logits_indices] if second else outputs)
+        return draw(outputs, batch, *arguments, **named)
+
     def dummy_run(*arguments: Any, **named: Any) -> Any:
         steering.clear()
         return dummy(*arguments, **named)
 
     runner.execute_model, runner._dummy_run, runner.steerwell_dummy_run = execute_model, dummy_run, dummy
     setattr(runner, prepare_name, prepare_inputs)
+    setattr(runner, sample_name, sample)
 
 
-def steerwell_about(worker: Any) -> dict[str, Any]:
-    """A worker's layers, and those rows of the input embeddings that a model is known by; for `collective_rpc`."""
+def _embeddings(worker: Any) -> list[dict[int, list[float]]]:
+    """The sample of the input embeddings, from all workers that share it out; they all ask at the same time."""
+    from torch import distributed
+    from vllm.distributed.parallel_state import get_tp_group  # type: ignore[import-not-found,unused-ignore]
+
+    group, own = get_tp_group(), steerwell_sample(worker)
+    found = [own] * int(group.world_size)
+    if len(found) > 1:
+        distributed.all_gather_object(found, own, group=group.cpu_group)
+    return found
+
+
+def steerwell_sample(worker: Any) -> dict[int, list[float]]:
+    """Those rows of the input embeddings that a model is known by which a worker holds."""
     from steerwell.engines.vllm.about import embedding_sample
 
     text = worker.vllm_config.model_config.hf_text_config
-    sample = embedding_sample(worker.model_runner.get_model(), int(text.vocab_size))
+    return embedding_sample(worker.model_runner.get_model(), int(text.vocab_size))
+
+
+def steerwell_about(worker: Any) -> dict[str, Any]:
+    """A worker's layers, and its rows of the input embeddings that a model is known by; for `collective_rpc`."""
     steering = worker.steerwell
-    return {"layers": steering.layers, "bytes": steering.buffers.size, "embedding": sample}
+    return {"layers": steering.layers, "bytes": steering.buffers.size, "embedding": steerwell_sample(worker)}
 
 
 def steerwell_register(worker: Any, vectors: dict[str, str]) -> None:
@@ -295,4 +321,10 @@ def steerwell_receipts(worker: Any, tickets: list[str]) -> dict[str, list[list[f
 def steerwell_states(worker: Any, tickets: list[str]) -> dict[str, bytes]:
     """Mean states that were asked for; see `state.Steering.states`."""
     found: dict[str, bytes] = worker.steerwell.states(tickets)
+    return found
+
+
+def steerwell_traces(worker: Any, asked: dict[str, list[int]]) -> dict[str, list[list[Any]]]:
+    """What terms met, token by token; see `state.Steering.traces`."""
+    found: dict[str, list[list[Any]]] = worker.steerwell.traces(asked)
     return found

@@ -2,6 +2,7 @@
 
 Dummy steps run through the very path that requests take (compiled, and on CUDA replayed graphs), with an edit behind
 every block. Each block must have seen every token, and each edit must have reached the next block and the output.
+Where traces are kept, the op must have told them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from steerwell.core.errors import EngineError
-from steerwell.engines.vllm.ops import BEFORE, MARGIN, MOVED, ROW, SEEN, TALLY
+from steerwell.engines.vllm.ops import BEFORE, MARGIN, MOVED, ROW, SEEN, TALLY, TRACE
 from steerwell.engines.vllm.state import Steering
 
 PUSH = 8.0  # displacement in activation units
@@ -46,8 +47,8 @@ def _offsets(steering: Steering, *, first: bool = False, last: bool = False) -> 
 
 def _run(
     runner: Any, steering: Steering, offsets: NDArray[np.float32], tokens: int, uniform: bool
-) -> tuple[NDArray[np.float64], Tensor | None]:
-    """One dummy step with an ungated edit at every layer: the sums [L, 6], and the output of the model."""
+) -> tuple[NDArray[np.float64], Tensor | None, Tensor]:
+    """One dummy step with an ungated edit at every layer: the sums [L, 6], the output of the model, and the traces."""
     buffers = steering.buffers
     vector = torch.linspace(-1, 1, buffers.table.shape[1], device=buffers.table.device)
     before = {name: getattr(buffers, name).clone() for name in ("live", "ids", "numbers", "sums")}
@@ -58,6 +59,9 @@ def _run(
     buffers.live.fill_(1)
     buffers.tokens.zero_()
     buffers.tokens[ROW, :tokens], buffers.tokens[TALLY, :tokens] = 2, 1
+    traced = buffers.traced[:, 1 : tokens + 1, 0]  # [L, tokens or what there is room for, 2]
+    places = traced.shape[1]
+    buffers.tokens[TRACE, :places] = torch.arange(1, places + 1, device=vector.device)
     try:
         # V1 leaves attention out of a dummy step unless told otherwise; what it returns is then never written.
         known = signature(runner.steerwell_dummy_run).parameters
@@ -65,9 +69,10 @@ def _run(
         output = runner.steerwell_dummy_run(tokens, uniform_decode=uniform, **forced)
         hidden = output[0] if isinstance(output, tuple) else None
         shown = hidden[:tokens].float().cpu().clone() if isinstance(hidden, Tensor) else None
-        return buffers.sums[:, 1, 0].cpu().double().numpy(), shown
+        return buffers.sums[:, 1, 0].cpu().double().numpy(), shown, traced.cpu().clone()
     finally:
         buffers.tokens.zero_()
+        traced.fill_(torch.nan)
         for name, value in before.items():
             getattr(buffers, name).copy_(value)
 
@@ -85,5 +90,8 @@ def _check(steering: Steering, plain: Any, steered: Any, last: Any, tokens: int)
                 f"start-up test: the edit behind layer {layer - 1} did not reach layer {layer}: the compiled graph "
                 "has dropped it; this vLLM cannot be steered"
             )
+    told = steered[2]
+    if not bool((told[..., 0] == 1).all() and told.isfinite().all()):
+        raise EngineError("start-up test: the op told no trace, or a wrong one; start without the setting 'traces'")
     if plain[1] is not None and not bool((plain[1] - last[1]).abs().amax() > 0):
         raise EngineError("start-up test: the edit behind the last layer did not reach the output")

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,29 +19,12 @@ from torch import Tensor
 
 from steerwell.core.errors import EngineError
 from steerwell.core.records import Vectors
-from steerwell.engines.vllm.ops import CAPTURE, MARGIN, ROW, TALLY, Buffers
-from steerwell.engines.vllm.wire import KEY, Request, Settings, Term, decode, vector_of
+from steerwell.engines.vllm.live import Live, column, spread
+from steerwell.engines.vllm.ops import BEFORE, MARGIN, TRACE, Buffers
+from steerwell.engines.vllm.traces import Traces, fetched
+from steerwell.engines.vllm.wire import KEY, Settings, decode, vector_of
 
 KEPT = 8192  # receipts that nobody has collected yet; the oldest go first
-FOREVER = np.iinfo(np.int64).max
-
-
-@dataclass(slots=True)
-class Live:
-    """A steered request that has not finished."""
-
-    request: Request
-    start: int  # first token in the scope of `response`
-    places: list[tuple[int, Term, int, int]]  # index in the request, term, layer of the buffers, terms before it there
-    vectors: Mapping[str, Vectors]
-    slot: int = 0  # 0: it has none now
-    computed: int = 0  # tokens that ran in earlier steps
-    mark: int = 0  # tokens before this one were counted: those that run again after a preemption are not
-    seen: dict[str, int] = field(default_factory=lambda: {"all": 0, "response": 0})
-    stash: list[Tensor] = field(default_factory=list)  # sums from before it lost its slot, [terms, 6] each
-    capture: int = 0
-    read: int = 0  # tokens whose states were added up
-    state: Tensor | None = None  # [layers, d_model], set when it has finished
 
 
 class Steering:
@@ -77,6 +59,7 @@ class Steering:
             tokens=tokens,
             rows=settings.directions,
             captures=settings.captures,
+            traces=settings.traces,
             width=width,
             device=device,
         )
@@ -88,8 +71,11 @@ class Steering:
         self._done: OrderedDict[str, None] = OrderedDict()
         self._slots = list(range(requests, 0, -1))
         self._captures = list(range(settings.captures, 0, -1))
+        self._traces = Traces(self.buffers.traced)
         self._counts = np.zeros(len(layers), np.int32)
-        self._filled = 0  # tokens of the step before
+        self.cleanse: Callable[[], None] = lambda: None  # takes what is not finite out of the keys and values
+        self._order, self._slots_of = np.zeros(0, np.int64), torch.zeros(0, dtype=torch.long, device=device)
+        self._written: NDArray[np.int32] | None = None  # rows of the step before; None: nothing was steered in it
 
     @property
     def known(self) -> Collection[str]:
@@ -130,21 +116,42 @@ class Steering:
         batch = [self._live.get(name) for name in names]
         self._seat([live for live in batch if live is not None and not live.slot], {id(live) for live in batch})
         lengths = np.fromiter((counts[name] for name in names), np.int64, len(names))
-        columns = np.array([_column(live) for live in batch], np.int64).T
-        rows, tallied, response, read = _spread(lengths, columns)
-        self._write(rows)
-        for at, live in enumerate(batch):
+        columns = np.array([column(live) for live in batch], np.int64).T
+        rows, *tallies = spread(lengths, columns)
+        end = 0
+        for live, length, tallied, response, read in zip(
+            batch, lengths.tolist(), *(tally.tolist() for tally in tallies), strict=True
+        ):
+            begin, end = end, end + length
             if live is not None:
-                live.mark = max(live.mark, live.computed + int(lengths[at]))
-                live.seen["all"] += int(tallied[at])
-                live.seen["response"] += int(response[at])
-                live.read += int(read[at])
+                live.mark = max(live.mark, live.computed + length)
+                live.seen["all"] += tallied
+                live.seen["response"] += response
+                live.read += read
+                if live.trace is not None:
+                    live.trace.write(rows[TRACE, begin:end], live.computed)
+        self._write(rows)
+        if not np.array_equal(columns[0], self._order):
+            self._order, self._slots_of = columns[0], self._tensor(columns[0])
+
+    def judge(self, outputs: Tensor) -> None:
+        """Spoil what was counted of requests whose outputs are not finite: tokens drawn from them mean nothing.
+
+        Args:
+            outputs: logits, or the states that they are made from [n, width], in the order of `fill`.
+        """
+        if self._written is None or len(outputs) != len(self._order):
+            return
+        spoilt = ~torch.isfinite(outputs.amax(-1)) & (self._slots_of > 0)  # amax hands a NaN on
+        if self._device.type == "cpu" and not bool(spoilt.any()):  # elsewhere a look would wait for the device
+            return
+        self.buffers.sums[:, self._slots_of, :, BEFORE] += torch.where(spoilt, math.nan, 0.0)[None, :, None]
 
     def clear(self) -> None:
         """Steer nothing in the step that comes."""
-        if self._filled:
+        if self._written is not None:
             self.buffers.tokens.zero_()
-            self._filled = 0
+            self._written = None
 
     def collect(self, tickets: Iterable[str]) -> dict[str, list[list[float]]]:
         """What the terms at this worker's layers did: per ticket `[index of the term, *columns of sums]`, and drop it.
@@ -174,15 +181,54 @@ class Steering:
             found[ticket] = (state / live.read).cpu().numpy().tobytes()
         return found
 
-    def _take(self, ticket: str) -> tuple[Live, NDArray[np.float64]]:
-        """A request and what its terms did. It may be collected once, when its answer is there."""
+    def traces(self, asked: Mapping[str, Sequence[int]]) -> dict[str, list[list[Any]]]:
+        """What terms met at traced tokens, of running requests and of finished ones until their receipt is collected.
+
+        Args:
+            asked: per ticket the span that is wanted, counted from the request's first traced token.
+
+        Returns:
+            Per ticket and term at this worker's layers: its index, and its part of `Buffers.traced` as bytes of
+            float32 [tokens of the span, 2].
+
+        Raises:
+            EngineError: a ticket that nobody holds, one without a trace, or tokens that did not run.
+        """
+        found = {}
+        told = fetched([self._traced(ticket, *span) for ticket, span in asked.items()])
+        for ticket, values in zip(asked, told, strict=True):
+            terms = self._by_ticket[ticket].places
+            found[ticket] = [[term[0], value.tobytes()] for term, value in zip(terms, values, strict=True)]
+        return found
+
+    def _traced(self, ticket: str, first: int, end: int) -> Tensor:
+        """A span of a request's trace, [terms, tokens, 2], on the device."""
+        live = self._held(ticket)
+        trace = live.trace
+        if trace is None or trace.places is None:
+            raise EngineError(
+                "a request has no trace: none was asked for, or more at one time than the setting 'traces' has room for"
+            )
+        ran = min(len(trace.places), live.mark - trace.first)
+        if not 0 <= first <= end <= ran:
+            raise EngineError(f"traced tokens {first} to {end - 1} were asked for, and {max(ran, 0)} of them have run")
+        return self._traces.read(trace, first, end)
+
+    def _held(self, ticket: str) -> Live:
         if ticket not in self._by_ticket:
             raise EngineError(
                 f"no receipt under ticket {ticket!r}: never asked for, collected before, or dropped as old"
             )
-        live = self._by_ticket.pop(ticket)
+        return self._by_ticket[ticket]
+
+    def _take(self, ticket: str) -> tuple[Live, NDArray[np.float64]]:
+        """A request and what its terms did. It may be collected once, when its answer is there."""
+        live = self._held(ticket)
+        del self._by_ticket[ticket]
         self._done.pop(ticket, None)
         sums = self._sums(live)
+        if not np.isfinite(sums[:, BEFORE]).all():
+            self.cleanse()
         for (_, term, _, _), row in zip(live.places, sums, strict=True):
             if int(row[0]) != live.seen[term.position]:
                 raise EngineError(
@@ -200,12 +246,12 @@ class Steering:
         if not extra or KEY not in extra:
             return
         request = decode(extra[KEY], self._width, self._n_layers, self.settings, self.known)
-        before: Counter[int] = Counter()
+        counts: Counter[int] = Counter()
         places = []
         for index, term in enumerate(request.terms):
             if term.layer in self._index:
-                places.append((index, term, self._index[term.layer], before[term.layer]))
-                before[term.layer] += 1
+                places.append((index, term, self._index[term.layer], counts[term.layer]))
+                counts[term.layer] += 1
         vectors = {name: request.vectors.get(name, self._vectors.get(name)) for name in request.names}
         start = request.response_start(new.prompt_len)
         live = Live(request, start, places, vectors, computed=new.num_computed_tokens)  # type: ignore[arg-type]
@@ -215,6 +261,8 @@ class Steering:
                 raise EngineError("more requests ask for states than the setting 'captures' has places for")
             live.capture = self._captures.pop()
             self.buffers.captured[:, live.capture] = 0
+        if request.trace:
+            live.trace = self._traces.begin(request.trace, [(layer, before) for _, _, layer, before in places])
         self._live[new.req_id] = live
         if request.ticket:
             self._by_ticket[request.ticket] = live
@@ -226,7 +274,11 @@ class Steering:
         if live.capture:
             live.state = self.buffers.captured[:, live.capture].clone()
             self._captures.append(live.capture)
+        if live.trace is not None:
+            self._traces.end(live.trace, keep=live.request.ticket in self._by_ticket)
         self._unseat(live)
+        if self._device.type == "cpu" and not np.isfinite(self._sums(live)[:, BEFORE]).all():  # elsewhere: see `_take`
+            self.cleanse()
         if live.request.ticket in self._by_ticket:
             self._done[live.request.ticket] = None
             while len(self._done) > KEPT:
@@ -294,15 +346,17 @@ class Steering:
         return uploads
 
     def _write(self, rows: NDArray[np.int32]) -> None:
-        """Copy the step's rows [3, T] to the device, without waiting for it."""
+        """Copy the step's rows [4, T] to the device, without waiting for it, unless they are there."""
+        width, before = rows.shape[1], self._written
+        self._written = rows
+        if before is not None and np.array_equal(before, rows):
+            return
         host = torch.from_numpy(rows)
         if self._device.type != "cpu":
             host = host.pin_memory()
-        width = rows.shape[1]
         self.buffers.tokens[:, :width].copy_(host, non_blocking=True)
-        if self._filled > width:
-            self.buffers.tokens[:, width : self._filled] = 0
-        self._filled = width
+        if before is not None and before.shape[1] > width:
+            self.buffers.tokens[:, width : before.shape[1]] = 0
 
     def _now(self, live: Live) -> Tensor:
         """What stands in a request's slot, [terms, 6], on the device."""
@@ -320,34 +374,3 @@ class Steering:
 
     def _tensor(self, values: Sequence[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self._device)
-
-
-def _column(live: Live | None) -> tuple[int, ...]:
-    """What `_spread` has to know of a request."""
-    if live is None:
-        return (0,) * 8
-    first, last = live.request.read or (0, 0)
-    end = FOREVER if live.request.end is None else live.request.end
-    return live.slot, live.computed, live.start, end, live.mark, live.capture, first, last
-
-
-def _spread(
-    lengths: NDArray[np.int64], columns: NDArray[np.int64]
-) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Rows of `Buffers.tokens` [3, T] from what is known of each request [8, n], and tokens counted per request."""
-    which = np.repeat(np.arange(len(lengths)), lengths)
-    begins = np.cumsum(lengths) - lengths
-    slot, computed, start, end, mark, capture, first, last = columns[:, which]
-    position = np.arange(len(which)) - begins[which] + computed
-    steered = (slot > 0) & (position < end)
-    response = steered & (position >= start)
-    counted = steered & (position >= mark)
-    reading = (capture > 0) & (position >= first) & (position < last) & (position >= mark)
-    rows = np.empty((3, len(which)), np.int32)
-    rows[ROW] = np.where(steered, 2 * slot - 1 + response, 0)
-    rows[TALLY] = np.where(counted, slot, 0)
-    rows[CAPTURE] = np.where(reading, capture, 0)
-    tallied, answered, read = (
-        np.bincount(which[chosen], minlength=len(lengths)) for chosen in (counted, counted & response, reading)
-    )
-    return rows, tallied, answered, read

@@ -7,7 +7,8 @@ The value is a mapping, or the same as JSON text (which is all that `vllm_xargs`
      "vectors": {name: base64, ...},      those not registered; a name is the `vector_name` of its content
      "ticket": "...",                     the receipt is kept under it until it is collected
      "start": 17, "end": 40,              first token in the scope of `response`; first token left alone again
-     "read": [17, 40]}                    mean states of these tokens are kept, too
+     "read": [17, 40],                    mean states of these tokens are kept, too
+     "trace": [16, 39]}                   what every term meets at each of these tokens is kept until the receipt is
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -40,17 +41,34 @@ class Settings:
         max_terms: most terms that one request may have at one layer.
         directions: rows of the device's direction table: distinct vectors of the requests that run at one time.
         captures: requests that may have their states read at one time; 0 leaves the reading op out of the graph.
+        traces: tokens of all running requests together whose projections may be kept; 0 leaves them out of the graph.
+            Each takes 8 x `max_terms` bytes per layer: 16384 tokens 17 MB in a model of 32 layers, 42 MB in one of 80.
+        policy: file of a policy that steers every request (see `policy`); on several machines an absolute path.
+        requests: what a request may choose where there is a policy. `locked`, the default: nothing; `open`: its own
+            steering instead, or none.
     """
 
     max_terms: int = 4
     directions: int = 4096
     captures: int = 0
+    traces: int = 0
+    policy: str | None = None
+    requests: Literal["locked", "open"] | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("max_terms", 1), ("directions", 1), ("captures", 0)):
+        for name, least in (("max_terms", 1), ("directions", 1), ("captures", 0), ("traces", 0)):
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ArgumentError(f"{name}: got {value!r}; expected a whole number, at least {least}")
+        if not isinstance(self.policy, str | None) or self.policy == "":
+            raise ArgumentError(f"policy: got {self.policy!r}; expected the path of a policy file")
+        if self.requests not in (None, "locked", "open") or (self.requests and not self.policy):
+            raise ArgumentError(f"requests: got {self.requests!r}; expected 'locked' or 'open', beside a policy")
+
+    @property
+    def locked(self) -> bool:
+        """Whether the policy steers every request, whatever that asks for."""
+        return self.policy is not None and self.requests != "open"
 
     @classmethod
     def of(cls, additional: Any) -> Settings | None:
@@ -67,6 +85,9 @@ class Settings:
         if unknown:
             raise ArgumentError(f"additional_config[{KEY!r}]: unknown {unknown}; known: {sorted(asdict(cls()))}")
         return cls(**given)
+
+
+AMPLE = Settings(captures=16, traces=16384)  # what `VLLMEngine.load` reserves
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +113,7 @@ class Request:
     start: int | None = None
     end: int | None = None
     read: tuple[int, int] | None = None
+    trace: tuple[int, int] | None = None
 
     @cached_property
     def key(self) -> str:
@@ -132,6 +154,7 @@ def encode(
     start: int | None = None,
     end: int | None = None,
     read: tuple[int, int] | None = None,
+    trace: tuple[int, int] | None = None,
 ) -> dict[str, Any]:
     """An edit as request data.
 
@@ -139,7 +162,7 @@ def encode(
         edit: what to do; None where only states are read.
         known: names of vectors that the server already has.
         ticket: a fresh name for the receipt; empty: none is kept.
-        start: see the module's text; `end` and `read` too.
+        start: see the module's text; `end`, `read` and `trace` too.
     """
     terms, vectors = [], {}
     for term in edit.terms if edit else ():
@@ -148,7 +171,8 @@ def encode(
         vectors.update({name: vector for name, vector in zip(names, pair, strict=True) if name not in known})
         gate = None if term.gate == math.inf else term.gate
         terms.append([term.layer, gate, term.offset, term.gain, term.position, names[0], names[-1]])
-    extra = {"ticket": ticket, "start": start, "end": end, "read": read and list(read)}
+    spans = {"read": read and list(read), "trace": trace and list(trace)}
+    extra = {"ticket": ticket, "start": start, "end": end, **spans}
     found = {"terms": terms, "vectors": {name: packed(vector) for name, vector in vectors.items()}}
     return found | {name: value for name, value in extra.items() if value not in (None, "")}
 
@@ -178,15 +202,15 @@ def parse(value: Any, d_model: int | None = None) -> Request:
     """
     try:
         found = json.loads(value) if isinstance(value, str) else dict(value)
-        odd = sorted(set(found) - {"terms", "vectors", "ticket", "start", "end", "read"})
+        odd = sorted(set(found) - {"terms", "vectors", "ticket", "start", "end", "read", "trace"})
         if odd:
             raise ArgumentError(f"{KEY}: unknown {odd}")
         sent = dict(found.get("vectors") or {}) if d_model is not None else {}
         vectors = {name: vector_of(name, text, d_model or 0) for name, text in sent.items()}
         terms = tuple(_term(item) for item in found["terms"])
         start, end = (None if found.get(name) is None else int(found[name]) for name in ("start", "end"))
-        first, last = (int(place) for place in found.get("read") or (0, 0))
-        return Request(terms, vectors, str(found.get("ticket", "")), start, end, (first, last) if last else None)
+        read, trace = (_span(found.get(name)) for name in ("read", "trace"))
+        return Request(terms, vectors, str(found.get("ticket", "")), start, end, read, trace)
     except ArgumentError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -225,6 +249,14 @@ def _term(item: Any) -> Term:
     )
 
 
+def _span(value: Any) -> tuple[int, int] | None:
+    """First token, and the one after the last; None: not asked for."""
+    if not value:
+        return None
+    first, end = (int(place) for place in value)
+    return first, end
+
+
 def _check(request: Request, n_layers: int, settings: Settings, known: Collection[str]) -> None:
     if not request.terms and request.read is None:
         raise ArgumentError(f"{KEY}: no terms; leave it out for an unsteered request")
@@ -249,3 +281,12 @@ def _check(request: Request, n_layers: int, settings: Settings, known: Collectio
         raise ArgumentError(f"{KEY}: vectors {lost[:3]} are neither registered nor sent along")
     if request.read is not None and not settings.captures:
         raise ArgumentError(f"{KEY}: states cannot be read on this server (setting 'captures' is 0)")
+    if request.trace is not None:
+        first, end = request.trace
+        if not (0 <= first < end and request.terms and request.ticket):
+            raise ArgumentError(f"{KEY}: trace [{first}, {end}]; expected first < end, terms to trace, and a ticket")
+        if end - first > settings.traces:
+            raise ArgumentError(
+                f"{KEY}: a trace of {end - first} tokens; this server keeps {settings.traces} (setting 'traces'). Ask "
+                "for fewer tokens, or for no trace"
+            )

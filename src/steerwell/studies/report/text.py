@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from steerwell.scoring.intervals import Interval
 
@@ -29,6 +30,7 @@ class Markdown(str):
 
 
 MISSING = Markdown("n/a")
+NAMES = {"hf": "Hugging Face transformers", "vllm": "vLLM"}  # of engines
 
 
 def escaped(value: object) -> Markdown:
@@ -85,3 +87,15 @@ def code_block(text: str, language: str = "") -> Markdown:
     longest = max(map(len, re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return Markdown(f"{fence}{language}\n{text.rstrip()}\n{fence}")
+
+
+def engines(cells: Iterable[Mapping[str, Any]]) -> str:
+    """Who ran the models, from their cells' `cell.json`; those of before vLLM ran in studies do not say."""
+    shown = {cell["model"]: _engine(**cell.get("engine", {"engine": "hf"})) for cell in cells}
+    if len(set(shown.values())) == 1:
+        return next(iter(shown.values()))
+    return "; ".join(f"{name}: {value}" for name, value in shown.items())
+
+
+def _engine(engine: str, **asked: Any) -> str:
+    return ", ".join([NAMES[engine], *(f"{name} {value}" for name, value in asked.items())])

@@ -18,7 +18,7 @@ import numpy as np
 from steerwell.concepts import Concept
 from steerwell.core.artifacts import finite, library_versions, write_atomic
 from steerwell.core.records import Sampling
-from steerwell.engines.base import Engine
+from steerwell.engines.base import Engine, made_by
 from steerwell.runs.ledger import Ledger, Row, execute
 from steerwell.runs.plan import plan
 from steerwell.scoring.embeddings import load_embedder
@@ -113,13 +113,12 @@ class _Running:
 
     def _about(self) -> dict[str, Any]:
         settings = self.config.model_dump(mode="json", exclude={"models", "concepts", "examples"})
-        return settings | {
+        return settings | made_by(self.engine) | {
             "what": "synthesis",
             "concept": self.concept.hash,
-            "model": asdict(self.engine.info),
             "judge_name": self.judge.name if self.judge else None,
             "files hold": self.real.fingerprint if self.config.data else None,
-        }
+        }  # fmt: skip
 
     # Texts -----------------------------------------------------------------------------------------------------------
 
@@ -272,6 +271,7 @@ class _Running:
             "concept": self.concept.concept,
             "poles": self.concept.poles.model_dump(),
             "info": {name: value for name, value in asdict(self.engine.info).items() if name != "signature"},
+            "engine": self.cell.model.runner,
             "judge": self.judge.name if self.judge else None,
             "judge_quality": None if worth is None else {"trusted": worth.trusted, "words": worth.describe()},
             "real": {

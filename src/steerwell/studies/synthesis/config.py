@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from steerwell.core.errors import ArgumentError, UnknownNameError
 from steerwell.core.records import Pool, Position
 from steerwell.core.settings import Settings
-from steerwell.studies.config import Count, JudgeSettings, Model
+from steerwell.studies.config import Count, JudgeSettings, Model, require_temperatures
 from steerwell.studies.defence import Configuration
 from steerwell.synthesis.writers import Prompting
 
@@ -205,6 +205,9 @@ class SynthesisConfig(Settings):
             raise ValueError(f"two of the models are called {titles}; give each a 'label' of its own")
         if self.broken == self.temperature:
             raise ValueError(f"broken: {self.broken} is the temperature of all texts; give a higher one, such as 3")
+        prompting = max(self.prompting.temperatures, default=0.0)
+        asked = {"temperature": self.temperature, "broken": self.broken, "prompting.temperatures": prompting}
+        require_temperatures(self.models, asked)
         stems = {Path(concept).stem for concept in self.concepts}
         if len(stems) < len(self.concepts):
             raise ValueError("a concept is named twice")

@@ -14,7 +14,7 @@ from steerwell.studies.report.alignment.failures import REPAIRED, failures, tell
 from steerwell.studies.report.alignment.measures import Overview, overview
 from steerwell.studies.report.claims import claims, findings, tallied
 from steerwell.studies.report.content import Album, Content
-from steerwell.studies.report.text import Markdown, table
+from steerwell.studies.report.text import Markdown, engines, table
 from steerwell.studies.results import CellResult
 
 
@@ -110,6 +110,7 @@ def _facts(config: AlignmentConfig, cells: Sequence[CellResult]) -> Markdown:
     rows = [
         ("models", "; ".join(f"{name} ({info['architecture']}, {info['n_layers']} layers, width {info['d_model']})"
                              for name, info in models.items())),
+        ("engine", engines(cell.about for cell in cells)),
         ("concepts", "; ".join(f"{name} (100: {pole['aligned']}, 0: {pole['violating']})"
                                for name, pole in poles.items())),
         ("judge", ", ".join(dict.fromkeys(str(cell.about["judge"]) for cell in cells))),

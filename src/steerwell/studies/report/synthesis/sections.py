@@ -16,7 +16,7 @@ from steerwell.studies.report.synthesis import figures, tables
 from steerwell.studies.report.synthesis.card import card
 from steerwell.studies.report.synthesis.failures import failures
 from steerwell.studies.report.synthesis.measures import DIGITS, Cell, by_concept, concept_correlations, overview
-from steerwell.studies.report.text import Markdown, number, table
+from steerwell.studies.report.text import Markdown, engines, number, table
 from steerwell.studies.synthesis.arms import PROMPTED, STEERED
 from steerwell.studies.synthesis.claims import claims_of
 from steerwell.studies.synthesis.config import SynthesisConfig
@@ -144,6 +144,7 @@ def _facts(config: SynthesisConfig, cells: Sequence[Cell]) -> Markdown:
     rows = [
         ("models", "; ".join(f"{name} ({info['architecture']}, {info['n_layers']} layers, width {info['d_model']})"
                              for name, info in models.items())),
+        ("engine", engines(about)),
         ("concepts", "; ".join(f"{name} (0: {pole['aligned']}, 1: {pole['violating']})"
                                for name, pole in poles.items())),
         ("judge", ", ".join(dict.fromkeys(str(item["judge"] or "none") for item in about))),

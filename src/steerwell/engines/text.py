@@ -37,6 +37,13 @@ class TextCodec:
             raise ArgumentError("prompt: it holds no token, and this tokenizer adds no begin token; write some text")
         return list(ids)
 
+    def encode_known(self, prompt: Prompt, vocabulary: int) -> list[int]:
+        """`encode`; raises `ArgumentError` for a token that is not among a model's `vocabulary` tokens."""
+        ids = self.encode(prompt)
+        if prompt.tokens is not None and not (min(ids) >= 0 and max(ids) < vocabulary):
+            raise ArgumentError(f"prompt: holds token ids outside 0 to {vocabulary - 1}")
+        return ids
+
     def tokens(self, text: str) -> tuple[int, ...]:
         """Token ids of a part of a text, without special tokens."""
         return tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"])
