@@ -105,7 +105,10 @@ def test_the_op_is_the_kernel_of_every_token(layer: int, paired: bool) -> None:
     assert traced[1:].isfinite().any()
     assert traced[1:].isnan().any()  # terms that are not there
     call(buffers, layer, hidden, other)
-    assert_close(stream(hidden, other), state)
+    if paired:
+        assert_close(stream(hidden, other), state)
+    else:
+        assert torch.equal(hidden, state)  # with a residual the sum is rounded once more
     assert_close(buffers.sums[layer, 1:], sums[1:])
     assert_close(buffers.traced[layer, 1:], traced[1:], equal_nan=True)
     untouched = [0, 4, 5, 11]  # nobody's row, and a slot without terms
