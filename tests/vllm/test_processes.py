@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
+import psutil
 import pytest
 from numpy.testing import assert_allclose
 
@@ -67,3 +71,31 @@ def test_without_the_plugin_nothing_starts(own_processes, folder_of, monkeypatch
     monkeypatch.setattr(vllm.plugins, "plugins_loaded", True)
     with pytest.raises(EngineError, match="steerwell_about"):
         VLLMEngine.load(str(folder_of("llama")), dtype="float32", compiled=False, settings=Settings(), options=SMALL)
+
+
+ANSWERING = """
+import sys
+from steerwell.engines.vllm import VLLMEngine
+if __name__ == "__main__":
+    engine = VLLMEngine.load(sys.argv[1], dtype="float32", compiled=False, options={"kv_cache_memory_bytes": 1 << 26})
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_nothing_stays_behind_when_the_caller_is_killed(own_processes, folder_of, tmp_path) -> None:
+    (tmp_path / "answering.py").write_text(ANSWERING)
+    command = [sys.executable, str(tmp_path / "answering.py"), str(folder_of("llama"))]
+    caller = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert caller.stdout is not None
+        assert any(line == "ready\n" for line in caller.stdout)
+        children = psutil.Process(caller.pid).children(recursive=True)
+        assert children
+    finally:
+        caller.kill()
+        caller.wait()
+    _, left = psutil.wait_procs(children, timeout=30)
+    for process in left:
+        process.kill()
+    assert not left

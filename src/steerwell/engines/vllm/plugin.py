@@ -17,7 +17,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import multiprocessing
+import os
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,7 +48,7 @@ def register() -> None:
 
 def _register() -> None:
     from vllm.v1.core import kv_cache_utils  # type: ignore[import-not-found,unused-ignore]
-    from vllm.v1.engine.core import EngineCore  # type: ignore[import-not-found,unused-ignore]
+    from vllm.v1.engine.core import EngineCore, EngineCoreProc  # type: ignore[import-not-found,unused-ignore]
     from vllm.v1.engine.input_processor import InputProcessor  # type: ignore[import-not-found,unused-ignore]
     from vllm.v1.worker.worker_base import WorkerBase  # type: ignore[import-not-found,unused-ignore]
 
@@ -58,7 +61,8 @@ def _register() -> None:
     replace(InputProcessor, "__init__", front.started)
     replace(InputProcessor, "process_inputs", front.checked)
     replace(InputProcessor, "resolve_watermarking", front.no_wrong_beams)
-    replace(EngineCore, "__init__", _with_steered_workers)
+    replace(EngineCore, "__init__", _made)
+    replace(EngineCoreProc, "run_busy_loop", _looping)
     replace(EngineCore, "preprocess_add_request", _under_policy)
     replace(WorkerBase, "__init__", _steered_worker)
 
@@ -66,22 +70,54 @@ def _register() -> None:
 # --- engine core -------------------------------------------------------------------------------------------------
 
 
-def _with_steered_workers(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Workers without the plugin, on another machine say, would leave out what requests ask for: nothing starts."""
+def _made(original: Callable[..., Any]) -> Callable[..., Any]:
+    """An engine core in the caller's own process."""
 
     def __init__(self: Any, config: Any, *arguments: Any, **named: Any) -> None:  # noqa: N807 - it takes that one's place
         original(self, config, *arguments, **named)
-        if Settings.of(config.additional_config) is None:
-            return
-        try:
-            self.collective_rpc("steerwell_register", args=({},))
-        except Exception as error:
-            raise EngineError(
-                "a worker does not steer; install steerwell in the environment of every worker, and see that "
-                f"VLLM_PLUGINS does not shut it out ({error})"
-            ) from error
+        _require_steered_workers(self)
 
     return __init__
+
+
+def _looping(original: Callable[..., Any]) -> Callable[..., Any]:
+    """An engine core in a process of its own, which finds the plugin only while it is being made."""
+
+    def run_busy_loop(self: Any) -> Any:
+        _require_steered_workers(self)
+        _end_with_parent(self)
+        return original(self)
+
+    return run_busy_loop
+
+
+def _require_steered_workers(core: Any) -> None:
+    """Workers without the plugin, on another machine say, would leave out what requests ask for: nothing starts."""
+    if Settings.of(core.vllm_config.additional_config) is None:
+        return
+    try:
+        core.collective_rpc("steerwell_register", args=({},))
+    except Exception as error:
+        raise EngineError(
+            "a worker does not steer; install steerwell in the environment of every worker, and see that "
+            f"VLLM_PLUGINS does not shut it out ({error})"
+        ) from error
+
+
+def _end_with_parent(core: Any) -> None:
+    """vLLM's engine core goes on when the process that started it is killed, and holds the device's memory: end it.
+
+    Its workers end with it.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None or Settings.of(core.vllm_config.additional_config) is None:
+        return
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="steerwell-parent", daemon=True).start()
 
 
 def _under_policy(original: Callable[..., Any]) -> Callable[..., Any]:
