@@ -305,7 +305,7 @@ def watched(seconds: defaultdict[str, float]) -> Iterator[None]:
             (plan.Plan, "keep", receipts),
             (plan.Plan, "receipt", receipts),
             (batches, "draw", "sampling"),
-            (batches, "_append", text),
+            (batches.Row, "append", text),
             (HFEngine, "_rows", text),
             (batches.Row, "response", text),
             (sweep, "verdicts", "judge"),

@@ -46,6 +46,7 @@ from steerwell.engines.vllm.wire import AMPLE, KEY, Settings
 from steerwell.testbed.bundled import BUNDLED, MODELS, bundled_path
 
 GREEDY = Sampling()
+CPU_MEMORY = 0.5  # share of a CPU machine's memory that vLLM may take, unless `options` say otherwise
 
 
 class VLLMEngine:
@@ -145,6 +146,8 @@ class VLLMEngine:
             "seed": 0,
             "additional_config": {KEY: asdict(settings)},
         }
+        if current_platform.is_cpu():  # else it wants nearly all memory to be free, which it rarely is on a CPU
+            arguments["gpu_memory_utilization"] = CPU_MEMORY
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(place, **shared)
             config = transformers.AutoConfig.from_pretrained(place, **shared)
