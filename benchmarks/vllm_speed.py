@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import math
 import os
 import tempfile
@@ -133,6 +132,13 @@ def register(core: Any, edits: Edits) -> None:
     REGISTERED.update(named)
 
 
+def version() -> str:
+    """vLLM's, whatever its distribution is called."""
+    import vllm
+
+    return str(vllm.__version__)
+
+
 def section(times: Times, batch: int, width: int, layers: int, on_cpu: bool) -> Section:
     """Ratios to plain vLLM, round by round."""
     tokens, one = batch * ANSWER, 0.95 if on_cpu else 0.97
@@ -169,7 +175,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.vllm_speed", description="Speed of steering in vLLM.")
     for name, value in (("batch", 32), ("rounds", 9), ("layers", 8), ("captures", 0)):
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--widths", type=int, nargs="+", default=[512, 1024])
+    parser.add_argument("--widths", type=int, nargs="+", default=[512])
     parser.add_argument("--eager", action="store_true", help="without compilation")
     given = parser.parse_args()
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
@@ -177,7 +183,7 @@ def main() -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     began = time.perf_counter()
     tables = [measured(width, given).markdown() for width in given.widths]
-    versions = [f"vllm {importlib.metadata.version('vllm')}, {'eager' if given.eager else 'compiled'}"]
+    versions = [f"vllm {version()}, {'eager' if given.eager else 'compiled'}"]
     here = machine(versions, time.perf_counter() - began)
     head = ["# Steering inside vLLM: speed", "", "Written by `make bench-vllm`; do not edit.", "", *here, ""]
     text = "\n".join([*head, HOW_TO_READ, "", *tables])
